@@ -1,0 +1,488 @@
+"""CIFAR-100: find it, read it, check it, and feed it to the network.
+
+`load()` finds the data set in any of its three formats, or downloads it; `synthetic()` draws a
+stand-in that needs no file. Both return a `Dataset` of uint8 images. `Batches` keeps one split on
+the training device and does there, batch by batch, all that other code leaves to worker processes.
+"""
+
+import codecs
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import Runtime, UserError, epoch_seed
+
+log = logging.getLogger("cifar100")
+
+CLASSES = 100
+URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+# md5 sums of the official files, https://www.cs.toronto.edu/~kriz/cifar.html and torchvision.
+OFFICIAL_MD5 = {
+    "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
+    "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
+PYTHON_FILES = ("train", "test", "meta")
+BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+MEMBER_LIMIT = 256 * 2**20  # bytes; the largest official member, train, has 155 MB
+FULL_SIZE = {"train": 50_000, "test": 10_000}
+
+# Mean and standard deviation of the pixels, scaled to 0..1, of the 50,000 training images.
+CIFAR100_STATS = ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047))
+# Those of ImageNet, with which torchvision's ResNet-18 was trained.
+IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CROP_PADDING = 4  # pixels on each side before the random 32 x 32 crop, He et al. 2015, section 4.2
+
+
+class Split(NamedTuple):
+    """Images uint8 (N, 3, 32, 32), values 0..255, and labels int64 (N,), values 0..99."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Dataset(NamedTuple):
+    """Both splits, the 100 class names, and in words where they came from."""
+
+    name: str  # "cifar100" or "synthetic"
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    source: str
+
+
+# --- Finding and reading ----------------------------------------------------------------------
+
+
+def load(name: str, data_dir: str | Path, url: str | None = None, download: bool = True) -> Dataset:
+    """Return the data set `name`, "cifar100" or "synthetic".
+
+    CIFAR-100 comes from `data_dir`, a directory or one file; it is downloaded if need be. Raises
+    UserError if it is not there and cannot be downloaded, or is not CIFAR-100.
+    """
+    if name == "synthetic":
+        return synthetic()
+    path = find(Path(data_dir))
+    if path is None:
+        if not download:
+            raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
+        path = fetch(url or URL, Path(data_dir))
+    try:
+        return read(path)
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{path}: cannot be read: {error or 'not enough memory'}") from error
+
+
+def find(data_dir: Path) -> Path | None:
+    """Return the directory, archive or HDF5 file that holds CIFAR-100 in `data_dir`, or None."""
+    if data_dir.is_file():
+        return data_dir
+    for path in (data_dir, data_dir / "cifar-100-python", data_dir / "cifar-100-binary"):
+        if any((path / name).is_file() for name in ("train", "train.bin")):
+            return path
+    files = sorted(data_dir.glob("cifar-100-*.tar.gz"), reverse=True)  # python before binary
+    files += sorted(file for file in data_dir.glob("*") if file.suffix in HDF5_SUFFIXES)
+    return files[0] if files else None
+
+
+def read(path: Path) -> Dataset:
+    """Read CIFAR-100 from a directory, a tar archive or an HDF5 file, whichever `path` is.
+
+    Raises UserError if it is none of them, is damaged, or has the wrong content.
+    """
+    if path.is_file() and _starts_with(path, b"\x89HDF\r\n\x1a\n"):
+        kind, parts = "HDF5", _parse_hdf5(path)
+    else:
+        members = _read_directory(path) if path.is_dir() else _read_archive(path)
+        names = PYTHON_FILES if "train" in members else BINARY_FILES
+        missing = [name for name in names if name not in members]
+        if missing:
+            raise UserError(f"{path}: not a whole CIFAR-100, it lacks {', '.join(missing)}")
+        parse = _parse_python if names is PYTHON_FILES else _parse_binary
+        kind, parts = "python" if names is PYTHON_FILES else "binary", parse(members, path)
+    train = _check_split(*parts["train"], "train", path)
+    test = _check_split(*parts["test"], "test", path)
+    class_names = parts["class_names"]
+    if len(class_names) != CLASSES or not all(isinstance(name, str) for name in class_names):
+        raise UserError(f"{path}: holds {len(class_names)} class names instead of {CLASSES}")
+    return Dataset("cifar100", train, test, tuple(class_names), f"{path} ({kind} version)")
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _read_directory(path: Path) -> dict[str, bytes]:
+    members = {}
+    for name in PYTHON_FILES + BINARY_FILES:
+        file = path / name
+        if file.is_file():
+            _check_size(file, file.stat().st_size)
+            members[name] = file.read_bytes()
+            if name in OFFICIAL_MD5:
+                _report_checksum(file, _md5(BytesIO(members[name])), OFFICIAL_MD5[name])
+    return members
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    """Return the archive's members of interest by base name; nothing is unpacked to disk."""
+    members = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                if member.isfile() and name in PYTHON_FILES + BINARY_FILES:
+                    _check_size(path / name, member.size)
+                    members[name] = archive.extractfile(member).read()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path}: not an HDF5 file, and not a whole tar archive ({error}); if it was copied or "
+            "downloaded by hand, do that again"
+        ) from error
+    official = OFFICIAL_MD5[f"cifar-100-{'python' if 'train' in members else 'binary'}.tar.gz"]
+    with open(path, "rb") as file:
+        _report_checksum(path, _md5(file), official)
+    return members
+
+
+def _check_size(name: Path, size: int) -> None:
+    if size > MEMBER_LIMIT:
+        raise UserError(f"{name}: {size:,} bytes, more than any file of CIFAR-100 has")
+
+
+def _md5(file) -> str:
+    return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _report_checksum(path: Path, found: str, official: str) -> None:
+    if found != official:
+        log.info(f"note       {path}: md5 {found} is not the official {official}; content checked")
+
+
+def _parse_python(members: dict[str, bytes], path: Path) -> dict:
+    parts = {}
+    try:
+        for name in ("train", "test"):
+            content = _unpickle(members[name])
+            parts[name] = content["data"], content["fine_labels"]
+        parts["class_names"] = list(_unpickle(members["meta"])["fine_label_names"])
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: {name} is not a pickle of CIFAR-100 ({reason})") from error
+    return parts
+
+
+def _parse_binary(members: dict[str, bytes], path: Path) -> dict:
+    parts = {"class_names": members["fine_label_names.txt"].decode("utf-8", "replace").split()}
+    record = 2 + 3072  # bytes: coarse label, fine label, pixels
+    for name in ("train", "test"):
+        content = np.frombuffer(members[f"{name}.bin"], np.uint8)
+        if content.size % record:
+            raise UserError(f"{path}: {name}.bin is not a whole number of {record}-byte records")
+        rows = content.reshape(-1, record)
+        parts[name] = rows[:, 2:], rows[:, 1]
+    return parts
+
+
+def _parse_hdf5(path: Path) -> dict:
+    """The course's layout: X_* (N, 3, 32, 32), uint8 0..255 or float 0..1, and Y_* (N,)."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(f"{path}: reading HDF5 needs one more package: pip install h5py") from error
+    parts = {"class_names": [f"class {label}" for label in range(CLASSES)]}
+    try:
+        with h5py.File(path) as file:
+            for name in ("train", "test"):
+                images, labels = file[f"X_{name}"], file[f"Y_{name}"][:].reshape(-1)
+                if images.size > FULL_SIZE["train"] * 3072:
+                    raise UserError(f"{path}: X_{name} is larger than all of CIFAR-100")
+                if images.dtype.kind == "f":
+                    images = _scale_to_uint8(images, f"{path}: X_{name}")
+                parts[name] = images[:], labels
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not an HDF5 file with the course's keys ({error})") from error
+    return parts
+
+
+def _scale_to_uint8(images, where: str) -> np.ndarray:
+    scaled = np.empty(images.shape, np.uint8)
+    for start in range(0, len(images), 5000):  # 5000 float64 images: 123 MB
+        chunk = images[start : start + 5000]
+        if not (chunk.min() >= 0 and chunk.max() <= 1):
+            raise UserError(f"{where}: floating-point pixels must lie in 0..1")
+        scaled[start : start + 5000] = np.rint(chunk * 255)
+    return scaled
+
+
+def _empty_array(*_) -> np.ndarray:
+    return np.empty(0, np.uint8)  # what numpy pickles begin with; the pickle then sets its state
+
+
+def _unpickle(content: bytes) -> dict:
+    """Return a pickled dict whose keys are str; Python-2 strings are decoded as latin-1.
+
+    Builds numpy arrays and plain containers; raises UnpicklingError on any other class.
+    """
+    loaded = _Unpickler(BytesIO(content), encoding="latin1").load()
+    return {k.decode() if isinstance(k, bytes) else k: value for k, value in loaded.items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    ALLOWED = {
+        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): "ndarray",  # only ever named as an argument of _reconstruct
+        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+        ("_codecs", "encode"): codecs.encode,  # Python 3's bytes in a protocol-2 pickle
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"refused, for it asks for {module}.{name}")
+        return self.ALLOWED[module, name]
+
+
+def _check_split(images, labels, name: str, path: Path) -> Split:
+    images, labels = np.asarray(images), np.asarray(labels)
+    where = f"{path}: {name}"
+    shape = images.shape
+    if images.dtype != np.uint8 or not len(images) or shape[1:] not in ((3072,), (3, 32, 32)):
+        raise UserError(f"{where} images are {images.dtype} {shape}, not uint8 (N, 3, 32, 32)")
+    if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
+        raise UserError(f"{where} labels are {labels.dtype} {labels.shape}, not integers ({len(images)},)")
+    if labels.min() < 0 or labels.max() >= CLASSES:
+        raise UserError(f"{where} labels span {labels.min()}..{labels.max()}, not 0..{CLASSES - 1}")
+    counts = np.bincount(labels.astype(np.int64), minlength=CLASSES)
+    if len(images) == FULL_SIZE[name] and counts.min() != counts.max():
+        raise UserError(f"{where} has {counts.min()} to {counts.max()} images a class, not all equal")
+    if len(images) != FULL_SIZE[name]:
+        log.info(f"note       {where} has {len(images):,} images of {FULL_SIZE[name]:,}")
+    images = torch.from_numpy(np.ascontiguousarray(images).copy()).view(-1, 3, 32, 32)
+    return Split(images, torch.from_numpy(labels.astype(np.int64)))
+
+
+# --- Downloading ------------------------------------------------------------------------------
+
+
+def _ways_out(data_dir, reason: str) -> str:
+    return (
+        f"CIFAR-100 is not in {data_dir} ({reason}). Three ways out: put cifar-100-python.tar.gz "
+        f"(or the binary version, or an HDF5 file) into {data_dir}; name a mirror with --data-url; "
+        "or try the script on made-up images with --dataset synthetic"
+    )
+
+
+def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
+    """Download an official archive into `data_dir` and return its path.
+
+    One process at a time downloads, the others wait for it. A broken transfer is resumed, in this
+    run and in the next; the archive gets its name only after its md5 has been checked.
+    Raises UserError if it cannot be had.
+    """
+    part = data_dir / "cifar-100.tar.gz.part"
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(data_dir / ".cifar-100.lock"):
+            found = find(data_dir)
+            if found:
+                return found
+            log.info(f"download   {url} to {data_dir}")
+            for attempt in range(attempts):
+                try:
+                    _transfer(url, part)
+                    break
+                except (OSError, urllib.error.URLError) as error:
+                    if attempt + 1 == attempts or isinstance(error, urllib.error.HTTPError):
+                        raise
+                    log.info(f"download   broke off ({error}), resuming")
+                    time.sleep(2**attempt)
+            with open(part, "rb") as file:
+                md5 = _md5(file)
+            name = {md5: name for name, md5 in OFFICIAL_MD5.items()}.get(md5, "")
+            if not name.endswith(".tar.gz"):
+                part.unlink()
+                raise UserError(_ways_out(data_dir, f"what {url} sent, md5 {md5}, is not official"))
+            os.replace(part, data_dir / name)
+            return data_dir / name
+    except (OSError, ValueError) as error:
+        raise UserError(_ways_out(data_dir, f"downloading {url} failed: {error}")) from error
+
+
+def _transfer(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of the file at `url`."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)  # seconds without a byte
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # range not satisfiable: everything is here already
+            return
+        raise
+    with response:
+        if response.status != 206:  # the server does not resume
+            have = 0
+        total = have + int(response.headers.get("Content-Length") or 0)
+        # In a batch log, a line a minute; in a terminal, a bar.
+        interval = 0.1 if os.isatty(2) else 60
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, mininterval=interval)
+        with open(part, "ab" if have else "wb") as file, bar:
+            while chunk := response.read(2**18):
+                bar.update(file.write(chunk))
+    if total and part.stat().st_size < total:
+        raise OSError(f"connection closed after {part.stat().st_size:,} of {total:,} bytes")
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path):
+    """Hold a lock on `path`; the system drops it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info(f"download   waiting for another process, which holds {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# --- Drawing ----------------------------------------------------------------------------------
+
+
+def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:
+    """Draw a CIFAR-100-shaped set of 100 classes: 10 hues times 10 plaids, at random phases.
+
+    Deterministic, and unchanged by a horizontal flip. A number obtained on it says that the code
+    works, and nothing about CIFAR-100.
+    """
+    generator = torch.Generator().manual_seed(100)
+    angles = torch.arange(10) * (2 * torch.pi / 10)
+    hues = 0.5 + 0.3 * torch.stack([torch.cos(angles - k * 2 * torch.pi / 3) for k in range(3)], 1)
+    waves = torch.tensor([(x, y) for x in range(5) for y in range(5) if x + y in (2, 3, 4)][:10])
+    pixels = torch.arange(32) * (2 * torch.pi / 32)
+
+    def draw(per_class: int) -> Split:
+        labels = torch.arange(CLASSES).repeat(per_class)
+        count = len(labels)
+        phases = torch.rand(2, count, 1, generator=generator) * 2 * torch.pi
+        x, y = (waves[labels // 10][:, axis, None] * pixels + phases[axis] for axis in (0, 1))
+        plaid = (torch.cos(y)[:, :, None] * torch.cos(x)[:, None, :])[:, None]
+        noise = 0.1 * torch.randn(count, 3, 32, 32, generator=generator)
+        images = hues[labels % 10][:, :, None, None] + 0.3 * plaid + noise
+        return Split((images.clamp(0, 1) * 255).byte(), labels)
+
+    names = tuple(f"hue {c % 10} plaid {c // 10}" for c in range(CLASSES))
+    train, test = draw(train_per_class), draw(test_per_class)
+    return Dataset("synthetic", train, test, names, "drawn by data.py, not CIFAR-100")
+
+
+# --- Feeding ----------------------------------------------------------------------------------
+
+
+def hold_out(train: Split, count: int) -> tuple[Split, Split]:
+    """Split off the last `count` / 100 images of each class: (training set, validation set).
+
+    Raises UserError if `count` is not a multiple of 100 or leaves a class without images.
+    """
+    per_class = count // CLASSES
+    smallest = int(torch.bincount(train.labels, minlength=CLASSES).min())
+    if count % CLASSES or not 0 <= per_class < smallest:
+        raise UserError(
+            f"--val-size {count}: must be a multiple of {CLASSES} below {CLASSES * smallest:,}, "
+            "the same number of images from each class"
+        )
+    held = torch.zeros(len(train.labels), dtype=torch.bool)
+    for label in range(CLASSES if per_class else 0):
+        held[(train.labels == label).nonzero()[-per_class:]] = True
+    return Split(*(part[~held] for part in train)), Split(*(part[held] for part in train))
+
+
+class Batches:
+    """One split as uint8 on the training device, given out in batches of float32 images.
+
+    Images come normalised by `stats` = (mean, standard deviation) of the channels and resized
+    (bilinear) to `size` x `size`. There is no worker process, no copy of the set at that size, and
+    no host-device synchronisation between the batches.
+    """
+
+    def __init__(self, split: Split, batch_size: int, stats, runtime: Runtime):
+        device = runtime.device
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.batch_size = batch_size
+        self.memory_format = runtime.memory_format
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+        self.channels = torch.arange(3, device=device).view(1, 3, 1, 1)
+        self.pixels = torch.arange(32, device=device)
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def in_order(self, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every image once, unchanged but for normalisation and size."""
+        for images, labels in zip(
+            self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
+        ):
+            yield self._finish(images, size), labels
+
+    def shuffled(
+        self, seed: int, epoch: int, start: int = 0, size: int = 32
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every image once, randomly cropped and flipped, from batch number `start` on.
+
+        Order, crops and flips are a function of (seed, epoch) alone: all of an epoch's random
+        numbers are drawn on the CPU at its beginning, the same on every device.
+        """
+        count = len(self.labels)
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+        order = torch.randperm(count, generator=generator)
+        offsets = torch.randint(2 * CROP_PADDING + 1, (2, count), generator=generator)
+        flips = torch.randint(2, (count,), generator=generator)
+        columns = torch.stack([order, *offsets - CROP_PADDING, flips]).to(self.images.device)
+        for chosen, down, right, flip in columns.split(self.batch_size, dim=1)[start:]:
+            yield self._finish(self._crop(chosen, down, right, flip), size), self.labels[chosen]
+
+    def _crop(self, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
+        """Pick, reflect-pad, crop and flip (B,) images in one gather: uint8 (B, 3, 32, 32)."""
+        rows = _reflect(self.pixels + down[:, None])  # (B, 32)
+        columns = _reflect(self.pixels + right[:, None])
+        columns = torch.where(flip[:, None] == 1, columns.flip(1), columns)
+        index = chosen[:, None, None, None], self.channels, rows[:, None, :, None]
+        return self.images[(*index, columns[:, None, None, :])]
+
+    def _finish(self, images: Tensor, size: int) -> Tensor:
+        images = (images.float() * self.scale + self.shift).contiguous(memory_format=self.memory_format)
+        if size == images.shape[-1]:
+            return images
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=size < 32)
+
+
+def _reflect(positions: Tensor) -> Tensor:
+    """Map pixel positions -31..62 into 0..31 by reflection at the outermost pixels."""
+    return 31 - (31 - positions.abs()).abs()

@@ -1,0 +1,123 @@
+"""The two networks: the assignment's ResNet for 32 x 32 images, and torchvision's ResNet-18.
+
+Nothing here touches a device or reads a flag: `ResNet()` and `resnet18()` return plain float32
+modules on the CPU, whose `state_dict()` is what the training scripts write to `model.pt`.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from utils import UserError, load_tensors, load_weights
+
+log = logging.getLogger("cifar100")
+
+# Figure 1 of the assignment, conv2_x to conv5_x: channels, blocks, stride.
+STAGES = ((32, 2, 1), (64, 4, 2), (128, 4, 2), (256, 2, 2))
+
+# The ImageNet file of the course (2018) and the one that torchvision downloads today.
+RESNET18_FILES = ("resnet18-5c106cde.pth", "resnet18-f37072fd.pth")
+
+
+class BasicBlock(nn.Module):
+    """Figure 2: two 3x3 convolutions and a short cut, with no ReLU after the addition.
+
+    The stride is that of the first convolution; where the shape changes the short cut is option B
+    of He et al. 2015 (arXiv:1512.03385, section 3.3), a 1x1 convolution and batch norm.
+    Maps (N, in_channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(out)) + self.shortcut(x)
+
+
+class ResNet(nn.Module):
+    """Figure 1: the network of part 1, 3,559,556 parameters, 214.8 M multiply-adds at 32 x 32.
+
+    `dropout` is the probability of the dropout after conv1's ReLU, per element as in the figure.
+    Weights are drawn by He et al. 2015 (arXiv:1502.01852), equation 14: normal with variance
+    2 / (k^2 * out_channels); the head keeps PyTorch's default for linear layers.
+    Maps float images (N, 3, H, W), H and W at least 1, to logits (N, num_classes).
+    """
+
+    def __init__(self, num_classes: int = 100, dropout: float = 0.1):
+        super().__init__()
+        width = STAGES[0][0]
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(dropout)
+        stages = []
+        for channels, blocks, stride in STAGES:
+            strides = [stride] + [1] * (blocks - 1)
+            widths = [width] + [channels] * (blocks - 1)
+            stages.append(nn.Sequential(*map(BasicBlock, widths, [channels] * blocks, strides)))
+            width = channels
+        self.conv2_x, self.conv3_x, self.conv4_x, self.conv5_x = stages
+        self.fc = nn.Linear(width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.dropout(torch.relu(self.bn1(self.conv1(images))))  # (N, 32, 32, 32)
+        x = self.conv2_x(x)
+        x = self.conv3_x(x)  # (N, 64, 16, 16)
+        x = self.conv4_x(x)  # (N, 128, 8, 8)
+        x = self.conv5_x(x)  # (N, 256, 4, 4)
+        # Max pooling over the whole map; amax, unlike adaptive pooling, is deterministic on CUDA.
+        return self.fc(x.amax(dim=(2, 3)))
+
+
+def resnet18(weights: str | None, num_classes: int = 100, download: bool = True) -> nn.Module:
+    """Part 2: torchvision's ResNet-18 with ImageNet weights and a new head.
+
+    `weights` is a file, or "random" for none at all; by default the first of RESNET18_FILES that
+    lies beside this module, else torchvision's own hash-checked download. The head has PyTorch's
+    default initialisation. Maps float images (N, 3, 224, 224) to logits (N, num_classes).
+
+    Raises UserError if the file is missing, damaged, unsafe or another network's.
+    """
+    model = torchvision.models.resnet18()
+    if weights != "random":
+        state, source = _imagenet_weights(weights, download)
+        load_weights(model, state, source)
+        log.info(f"weights    {source}")
+    else:
+        log.info("weights    random, not pre-trained")
+    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return model
+
+
+def _imagenet_weights(weights: str | None, download: bool) -> tuple[dict, str]:
+    beside = [Path(__file__).with_name(name) for name in RESNET18_FILES]
+    path = Path(weights) if weights else next(filter(Path.is_file, beside), None)
+    if path:
+        return load_tensors(path), str(path)
+    official = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(official.url).name)
+    reason = "--no-download forbids to fetch them"
+    if download or cached.is_file():
+        try:
+            return official.get_state_dict(progress=True, check_hash=True), official.url
+        except (OSError, RuntimeError) as error:  # no network, no space, a wrong hash
+            reason = f"downloading {official.url} failed: {error}"
+    raise UserError(
+        f"no ImageNet weights ({reason}); put {RESNET18_FILES[1]} beside {Path(__file__).name}, or "
+        "name a file with --weights, or make a dry run with --weights random"
+    )
