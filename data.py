@@ -71,9 +71,6 @@ class Dataset(NamedTuple):
     source: str
 
 
-# --- Finding and reading ----------------------------------------------------------------------
-
-
 def load(name: str, data_dir: str | Path, url: str | None = None, download: bool = True) -> Dataset:
     """Return the data set `name`, "cifar100" or "synthetic".
 
@@ -82,11 +79,14 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     """
     if name == "synthetic":
         return synthetic()
-    path = find(Path(data_dir))
+    data_dir = Path(data_dir)
+    if data_dir.suffix in (".gz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
+        raise UserError(f"--data-dir {data_dir}: no such file")
+    path = find(data_dir)
     if path is None:
         if not download:
             raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
-        path = fetch(url or URL, Path(data_dir))
+        path = fetch(url or URL, data_dir)
     try:
         return read(path)
     except (OSError, MemoryError) as error:
@@ -172,7 +172,10 @@ def _check_size(name: Path, size: int) -> None:
 
 
 def _md5(file) -> str:
-    return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    digest = hashlib.md5(usedforsecurity=False)
+    for chunk in iter(lambda: file.read(2**20), b""):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _report_checksum(path: Path, found: str, official: str) -> None:
@@ -215,29 +218,12 @@ def _parse_hdf5(path: Path) -> dict:
     try:
         with h5py.File(path) as file:
             for name in ("train", "test"):
-                images, labels = file[f"X_{name}"], file[f"Y_{name}"][:].reshape(-1)
-                if images.size > FULL_SIZE["train"] * 3072:
+                if file[f"X_{name}"].size > FULL_SIZE["train"] * 3072:
                     raise UserError(f"{path}: X_{name} is larger than all of CIFAR-100")
-                if images.dtype.kind == "f":
-                    images = _scale_to_uint8(images, f"{path}: X_{name}")
-                parts[name] = images[:], labels
+                parts[name] = file[f"X_{name}"][:], file[f"Y_{name}"][:].reshape(-1)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not an HDF5 file with the course's keys ({error})") from error
     return parts
-
-
-def _scale_to_uint8(images, where: str) -> np.ndarray:
-    scaled = np.empty(images.shape, np.uint8)
-    for start in range(0, len(images), 5000):  # 5000 float64 images: 123 MB
-        chunk = images[start : start + 5000]
-        if not (chunk.min() >= 0 and chunk.max() <= 1):
-            raise UserError(f"{where}: floating-point pixels must lie in 0..1")
-        scaled[start : start + 5000] = np.rint(chunk * 255)
-    return scaled
-
-
-def _empty_array(*_) -> np.ndarray:
-    return np.empty(0, np.uint8)  # what numpy pickles begin with; the pickle then sets its state
 
 
 def _unpickle(content: bytes) -> dict:
@@ -249,41 +235,44 @@ def _unpickle(content: bytes) -> dict:
     return {k.decode() if isinstance(k, bytes) else k: value for k, value in loaded.items()}
 
 
-class _Unpickler(pickle.Unpickler):
-    ALLOWED = {
-        ("numpy", "dtype"): np.dtype,
-        ("numpy", "ndarray"): "ndarray",  # only ever named as an argument of _reconstruct
-        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-        ("_codecs", "encode"): codecs.encode,  # Python 3's bytes in a protocol-2 pickle
-    }
+PICKLE_NAMES = {
+    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): "ndarray",  # only ever named as an argument of _reconstruct
+    # A pickled array begins empty, and then gets its state.
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8),
+    ("_codecs", "encode"): codecs.encode,  # Python 3's bytes in a protocol-2 pickle
+}
 
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in PICKLE_NAMES:
             raise pickle.UnpicklingError(f"refused, for it asks for {module}.{name}")
-        return self.ALLOWED[module, name]
+        return PICKLE_NAMES[module, name]
 
 
 def _check_split(images, labels, name: str, path: Path) -> Split:
     images, labels = np.asarray(images), np.asarray(labels)
-    where = f"{path}: {name}"
-    shape = images.shape
-    if images.dtype != np.uint8 or not len(images) or shape[1:] not in ((3072,), (3, 32, 32)):
-        raise UserError(f"{where} images are {images.dtype} {shape}, not uint8 (N, 3, 32, 32)")
-    if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
-        raise UserError(f"{where} labels are {labels.dtype} {labels.shape}, not integers ({len(images)},)")
+    where, count = f"{path}: {name}", len(images)
+    if images.dtype.kind == "f" and count and images.min() >= 0 and images.max() <= 1:
+        images = np.rint(images * 255).astype(np.uint8)
+    if images.dtype != np.uint8 or not count or images.shape[1:] not in ((3072,), (3, 32, 32)):
+        raise UserError(f"{where} images are {images.dtype} {images.shape}, not uint8 0..255 or "
+                        "floats 0..1 of shape (N, 3, 32, 32)")
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise UserError(f"{where} labels are {labels.dtype} {labels.shape}, not whole ({count},)")
     if labels.min() < 0 or labels.max() >= CLASSES:
         raise UserError(f"{where} labels span {labels.min()}..{labels.max()}, not 0..{CLASSES - 1}")
-    counts = np.bincount(labels.astype(np.int64), minlength=CLASSES)
-    if len(images) == FULL_SIZE[name] and counts.min() != counts.max():
-        raise UserError(f"{where} has {counts.min()} to {counts.max()} images a class, not all equal")
-    if len(images) != FULL_SIZE[name]:
-        log.info(f"note       {where} has {len(images):,} images of {FULL_SIZE[name]:,}")
-    images = torch.from_numpy(np.ascontiguousarray(images).copy()).view(-1, 3, 32, 32)
-    return Split(images, torch.from_numpy(labels.astype(np.int64)))
-
-
-# --- Downloading ------------------------------------------------------------------------------
+    labels = labels.astype(np.int64)
+    per_class = np.bincount(labels, minlength=CLASSES)
+    if count != FULL_SIZE[name]:
+        log.info(f"note       {where} has {count:,} images instead of {FULL_SIZE[name]:,}")
+    elif per_class.min() != per_class.max():
+        raise UserError(f"{where} has {per_class.min()} to {per_class.max()} images a class, "
+                        f"not {count // CLASSES} of each")
+    images = torch.from_numpy(images.reshape(-1, 3, 32, 32).copy())
+    return Split(images, torch.from_numpy(labels))
 
 
 def _ways_out(data_dir, reason: str) -> str:
@@ -344,9 +333,8 @@ def _transfer(url: str, part: Path) -> None:
         if response.status != 206:  # the server does not resume
             have = 0
         total = have + int(response.headers.get("Content-Length") or 0)
-        # In a batch log, a line a minute; in a terminal, a bar.
-        interval = 0.1 if os.isatty(2) else 60
-        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, mininterval=interval)
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True,
+                   mininterval=0.1 if os.isatty(2) else 60)  # seconds; a batch log gets few lines
         with open(part, "ab" if have else "wb") as file, bar:
             while chunk := response.read(2**18):
                 bar.update(file.write(chunk))
@@ -356,22 +344,22 @@ def _transfer(url: str, part: Path) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time(path: Path):
-    """Hold a lock on `path`; the system drops it when the process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
+    """Hold a lock on `path`; the system drops it when the process ends, however it ends.
+
+    Where there are no such locks (Windows, some cluster file systems) nothing is held.
+    """
     with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info(f"download   waiting for another process, which holds {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info(f"download   waiting for another process, which holds {path}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                log.info(f"download   without a lock ({error}); start one process at a time")
         yield
-
-
-# --- Drawing ----------------------------------------------------------------------------------
 
 
 def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:
@@ -399,9 +387,6 @@ def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:
     names = tuple(f"hue {c % 10} plaid {c // 10}" for c in range(CLASSES))
     train, test = draw(train_per_class), draw(test_per_class)
     return Dataset("synthetic", train, test, names, "drawn by data.py, not CIFAR-100")
-
-
-# --- Feeding ----------------------------------------------------------------------------------
 
 
 def hold_out(train: Split, count: int) -> tuple[Split, Split]:
@@ -477,7 +462,8 @@ class Batches:
         return self.images[(*index, columns[:, None, None, :])]
 
     def _finish(self, images: Tensor, size: int) -> Tensor:
-        images = (images.float() * self.scale + self.shift).contiguous(memory_format=self.memory_format)
+        images = images.float() * self.scale + self.shift
+        images = images.contiguous(memory_format=self.memory_format)
         if size == images.shape[-1]:
             return images
         return F.interpolate(images, (size, size), mode="bilinear", antialias=size < 32)

@@ -4,9 +4,9 @@ The bar of the course is 70 % test accuracy.
 
     python finetune_resnet18.py --data-dir PATH                   the recipe, for a GPU
     python finetune_resnet18.py --max-steps 500 --batch-size 50   half an epoch, in an hour on a CPU
-    python finetune_resnet18.py --dataset synthetic --weights random --image-size 64 --max-steps 20
+    python finetune_resnet18.py --dataset synthetic --weights random --image-size 64
                                                                   without data: does it run here?
-    python finetune_resnet18.py --eval-only                       test the model.pt of a finished run
+    python finetune_resnet18.py --eval-only                       test a finished run's model.pt
 
 The weights are the file that --weights names, or the course's or torchvision's file beside this
 script, or else torchvision's own download.
@@ -63,8 +63,9 @@ def main() -> None:
     model = runtime.place(models.resnet18(weights, download=not args.no_download))
     utils.print_header(runtime, dataset, model, args.val_size)
     if args.eval_only:
-        batches = held_out["test"].in_order(args.image_size)
-        return utils.evaluate_saved(model, batches, runtime, args.output_dir, dataset.name)
+        models.load_weights(model, args.output_dir / "model.pt")
+        result = utils.evaluate(model, held_out["test"].in_order(args.image_size), runtime)
+        return utils.print_test(result, dataset.name)
 
     total_steps = min(args.epochs * len(train), args.max_steps or args.epochs * len(train))
     head = list(model.fc.parameters())
@@ -78,8 +79,9 @@ def main() -> None:
         anneal_strategy="linear", cycle_momentum=False,
     )  # the rate reaches its end one step after the last
     sizes = [args.image_size] * args.epochs
-    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=runtime.scaler())
-    run = utils.Run(args, runtime, dataset.name, parts, len(train), total_steps, sizes)
+    run = utils.Run(args, runtime, dataset.name, len(train), total_steps, sizes, parts={
+        "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": runtime.scaler(),
+    })
     run.start()
     while run.epoch < run.epochs:
         batches = train.shuffled(args.seed, run.epoch, run.step, args.image_size)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from utils import UserError, load_tensors, load_weights
+from utils import UserError, load_tensors
 
 log = logging.getLogger("cifar100")
 
@@ -95,8 +95,8 @@ def resnet18(weights: str | None, num_classes: int = 100, download: bool = True)
     """
     model = torchvision.models.resnet18()
     if weights != "random":
-        state, source = _imagenet_weights(weights, download)
-        load_weights(model, state, source)
+        source, state = _imagenet_weights(weights, download)
+        load_weights(model, source, state)
         log.info(f"weights    {source}")
     else:
         log.info("weights    random, not pre-trained")
@@ -104,20 +104,33 @@ def resnet18(weights: str | None, num_classes: int = 100, download: bool = True)
     return model
 
 
-def _imagenet_weights(weights: str | None, download: bool) -> tuple[dict, str]:
+def _imagenet_weights(weights: str | None, download: bool) -> tuple[str, dict]:
     beside = [Path(__file__).with_name(name) for name in RESNET18_FILES]
     path = Path(weights) if weights else next(filter(Path.is_file, beside), None)
     if path:
-        return load_tensors(path), str(path)
+        return str(path), load_tensors(path)
     official = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(official.url).name)
     reason = "--no-download forbids to fetch them"
     if download or cached.is_file():
         try:
-            return official.get_state_dict(progress=True, check_hash=True), official.url
+            return official.url, official.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:  # no network, no space, a wrong hash
             reason = f"downloading {official.url} failed: {error}"
     raise UserError(
         f"no ImageNet weights ({reason}); put {RESNET18_FILES[1]} beside {Path(__file__).name}, or "
         "name a file with --weights, or make a dry run with --weights random"
     )
+
+
+def load_weights(model: nn.Module, path: Path | str, state: dict | None = None) -> None:
+    """Load the state_dict in `path`, or `state` from there, strictly.
+
+    Raises UserError if it cannot be read or is another network's.
+    """
+    state = load_tensors(path) if state is None else state
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: weights of another network ({reason} ...)") from error

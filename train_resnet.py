@@ -5,7 +5,7 @@ The bar of the course is 60 % test accuracy.
     python train_resnet.py --data-dir PATH                     the recipe, for a GPU
     python train_resnet.py --epochs 9 --low-res-epochs 5       the same in an hour on two CPU cores
     python train_resnet.py --dataset synthetic --epochs 3      without data: does it run here?
-    python train_resnet.py --eval-only                         test the model.pt of a finished run
+    python train_resnet.py --eval-only                         test a finished run's model.pt
 """
 
 from pathlib import Path
@@ -56,8 +56,9 @@ def main() -> None:
     model = runtime.place(models.ResNet())
     utils.print_header(runtime, dataset, model, args.val_size)
     if args.eval_only:
-        batches = held_out["test"].in_order()
-        return utils.evaluate_saved(model, batches, runtime, args.output_dir, dataset.name)
+        models.load_weights(model, args.output_dir / "model.pt")
+        result = utils.evaluate(model, held_out["test"].in_order(), runtime)
+        return utils.print_test(result, dataset.name)
 
     total_steps = min(args.epochs * len(train), args.max_steps or args.epochs * len(train))
     optimizer = torch.optim.SGD(
@@ -68,8 +69,9 @@ def main() -> None:
         cycle_momentum=False,
     )  # the rate reaches its end one step after the last
     sizes = [LOW_RES] * args.low_res_epochs + [32] * args.epochs
-    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=runtime.scaler())
-    run = utils.Run(args, runtime, dataset.name, parts, len(train), total_steps, sizes)
+    run = utils.Run(args, runtime, dataset.name, len(train), total_steps, sizes, parts={
+        "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": runtime.scaler(),
+    })
     run.start()
     while run.epoch < run.epochs:
         batches = train.shuffled(args.seed, run.epoch, run.step, sizes[run.epoch])

@@ -1,8 +1,8 @@
 """The engine that both training scripts share.
 
 In this order: errors and exit status, flags, device and precision, files, the `Run` (all that a
-killed run needs to go on, and all that it writes), and the two loops, `train_one_epoch` and
-`evaluate`. What belongs to one recipe alone stands in its script.
+killed run needs to go on, and all that it writes), its log lines, and the two loops,
+`train_one_epoch` and `evaluate`. What belongs to one recipe alone stands in its script.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import platform
 import shlex
 import signal
@@ -27,8 +26,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 log = logging.getLogger("cifar100")
 
@@ -37,9 +41,7 @@ RUN_FILES = ("config.json", "metrics.csv", "checkpoint.pt", "model.pt")
 # Settings that may differ between a run and its continuation, for they do not change its course.
 FREE_SETTINGS = {"data_dir", "data_url", "no_download", "output_dir", "device", "weights"}
 FREE_SETTINGS |= {"resume", "overwrite", "eval_only"}
-
-
-# --- Errors and exit status -------------------------------------------------------------------
+POSITION = ("epoch", "step", "seconds", "train_seconds", "history")  # of a Run, in its checkpoint
 
 
 class UserError(Exception):
@@ -62,13 +64,10 @@ class Stopped(UserError):
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit with the status of what it raises, after one line on stderr."""
-    handler = logging.StreamHandler(sys.stdout)  # flushes after every line
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers, log.propagate = [handler], False
+    log.addHandler(logging.StreamHandler(sys.stdout))  # it flushes after every line
     log.setLevel(logging.INFO)
-    status = 0
     try:
-        main()
+        return main()
     except UserError as error:
         message, status = " ".join(str(error).split()), error.status
     except torch.OutOfMemoryError:
@@ -77,12 +76,8 @@ def run_script(main: Callable[[], None]) -> None:
         message, status = f"cannot go on: {error}", 1
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    if status:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-# --- Flags ------------------------------------------------------------------------------------
 
 
 def number(kind: type, minimum: float, above: bool = False) -> Callable[[str], float]:
@@ -100,12 +95,19 @@ def number(kind: type, minimum: float, above: bool = False) -> Callable[[str], f
     return parse
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, as all others are."""
+
+    def error(self, message: str):
+        """Raise UserError instead of printing the usage and exiting."""
+        raise UserError(f"{message} (--help lists the flags)")
+
+
 def common_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags of both scripts; each script sets its own defaults."""
-    parser = argparse.ArgumentParser(
-        description=description.partition("\n")[0],
+    parser = OneLineParser(
+        description=description.partition("\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dataset", choices=("cifar100", "synthetic"), default="cifar100",
@@ -120,8 +122,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
         help="end after N optimizer steps, and anneal the learning rate over these")
     add("--batch-size", type=number(int, 2), metavar="N", help="images per optimizer step")
     add("--lr", type=number(float, 0, above=True), metavar="LR", help="peak learning rate")
-    add("--weight-decay", type=number(float, 0), metavar="WD",
-        help="L2 penalty on the weights, not on biases and batch norm")
+    add("--weight-decay", type=number(float, 0), metavar="WD", help="L2 penalty on all parameters")
     add("--label-smoothing", type=number(float, 0), metavar="P",
         help="probability spread over all classes, in the training loss")
     add("--seed", type=number(int, 0), default=0, metavar="N",
@@ -143,28 +144,24 @@ def common_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line; raises UserError if --output-dir holds a run or nothing to test."""
+    """Parse the command line; raises UserError if it does not fit what --output-dir holds."""
     args = parser.parse_args()
     path = args.output_dir
     held = [name for name in RUN_FILES if (path / name).exists()]
-    remedy = "--overwrite replaces it, --output-dir names another place"
     if args.label_smoothing >= 1:
         raise UserError(f"--label-smoothing {args.label_smoothing}: must be below 1")
     if path.exists() and not path.is_dir():
         raise UserError(f"--output-dir {path}: is a file, not a directory")
-    if args.eval_only:
-        if "model.pt" not in held:
-            raise UserError(f"{path}: holds no model.pt to test; a run writes it at its end")
-    elif args.resume:
-        if "model.pt" in held and "checkpoint.pt" not in held:
-            raise UserError(f"{path}: holds a model.pt but no checkpoint.pt to go on from; {remedy}")
-    elif held and not args.overwrite:
-        raise UserError(f"{path}: already holds a run ({', '.join(held)}); --resume goes on with it, "
-                        + remedy)
+    if args.eval_only and "model.pt" not in held:
+        raise UserError(f"{path}: holds no model.pt to test; a run writes it at its end")
+    lost = args.resume and "model.pt" in held and "checkpoint.pt" not in held
+    if held and (lost or not (args.resume or args.overwrite or args.eval_only)):
+        raise UserError(
+            f"{path}: already holds a run ({', '.join(held)}); --overwrite replaces it, --resume "
+            f"goes on {'if there is a checkpoint.pt' if lost else 'with it'}, --output-dir names "
+            "another place"
+        )
     return args
-
-
-# --- Device and precision ---------------------------------------------------------------------
 
 
 class Runtime(NamedTuple):
@@ -209,7 +206,7 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"--device {device}: not available here ({reason}); try --device cpu") from error
+        raise UserError(f"--device {device}: not to be had ({reason}); try --device cpu") from error
     # Compute capability: bf16 arithmetic from 8.0 on, fp16 from 5.3, tensor cores and Triton (which
     # torch.compile needs) from 7.0. A K20X has 3.5 and runs in fp32, uncompiled.
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -242,9 +239,6 @@ def keep_freed_memory() -> None:
 def epoch_seed(seed: int, epoch: int) -> int:
     """Return 63 well-mixed bits that depend on (seed, epoch) alone."""
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
-
-
-# --- Files ------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -283,30 +277,24 @@ def load_tensors(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
-            reason = "refused, for it holds more than weights and might execute code"
-        else:
-            reason = "not a PyTorch file, or damaged; get it again"
-        raise UserError(f"{path}: {reason}") from error
     except Exception as error:  # a damaged file can raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: not a PyTorch file, or damaged; get it again ({reason})") from error
+        if "Unsupported" in str(error):
+            reason = "refused, for it holds more than tensors and might execute code"
+        else:
+            reason = f"not a PyTorch file, or a damaged one ({type(error).__name__}); get it again"
+        raise UserError(f"{path}: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     return content
 
 
-def load_weights(model: nn.Module, state: dict, source: Path | str) -> None:
-    """Load a state_dict strictly; raises UserError if it is another network's."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: weights of another network ({reason} ...)") from error
+class Metrics(NamedTuple):
+    """Means over `images` images; accuracies are fractions of 1."""
 
-
-# --- The run ----------------------------------------------------------------------------------
+    loss: float
+    accuracy: float
+    top5: float
+    images: int
 
 
 class Run:
@@ -316,8 +304,8 @@ class Run:
     sides of the training images, epoch by epoch, in pixels; they serve to estimate the time left.
     """
 
-    def __init__(self, args, runtime: Runtime, dataset: str, parts: dict, steps_per_epoch: int,
-                 total_steps: int, sizes: list[int]):
+    def __init__(self, args, runtime: Runtime, dataset: str, steps_per_epoch: int,
+                 total_steps: int, sizes: list[int], parts: dict):
         self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.script = Path(sys.argv[0]).stem
         self.output_dir = args.output_dir
@@ -342,20 +330,20 @@ class Run:
 
     def start(self) -> None:
         """Go on from the checkpoint if `--resume` finds one, else begin; catch stop signals."""
-        checkpoint = self.output_dir / "checkpoint.pt"
-        if self.settings["resume"] and checkpoint.exists():
-            self._restore(checkpoint)
-            log.info(f"resume     after {self.epoch} epochs and {self.step} steps, from {checkpoint}")
-        else:
-            self._begin()
         for name in ("SIGINT", "SIGTERM", "SIGUSR2"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._on_signal)
+        checkpoint = self.output_dir / "checkpoint.pt"
+        if self.settings["resume"] and checkpoint.exists():
+            self._restore(checkpoint)
+            log.info(f"resume     after {self.epoch} epochs and {self.step} steps ({checkpoint})")
+        else:
+            self._begin()
         self._clock = time.perf_counter()
 
     def _begin(self) -> None:
         config = {"script": self.script, "dataset": self.dataset, "settings": self.settings,
-                  "torch": torch.__version__, "runtime": str(self.runtime),
+                  "torch": str(torch.__version__), "runtime": str(self.runtime),
                   "command": shlex.join(sys.argv)}
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -398,7 +386,7 @@ class Run:
         self.seconds, self._clock = self.seconds + now - self._clock, now
         return self.seconds
 
-    def end_epoch(self, results: dict[str, "Metrics"]) -> None:
+    def end_epoch(self, results: dict[str, Metrics]) -> None:
         """Record the epoch, print its line, and save. `results` are by split, train first."""
         self.tick()
         lr = self.parts["optimizer"].param_groups[0]["lr"]  # what the next step would take
@@ -420,31 +408,36 @@ class Run:
 
     def finish(self, bar: float) -> None:
         """Write model.pt and print the last lines; `bar` is the course's test accuracy, in %."""
-        save_tensors(self.output_dir / "model.pt", self.parts["model"].state_dict())
+        weights = self.parts["model"].state_dict()
+        save_tensors(self.output_dir / "model.pt", {k: v.cpu() for k, v in weights.items()})
+        self._write_metrics()  # a kill can have come between the checkpoint and its table
         accuracy = 100 * self.history[-1]["test_acc"]
         if self.dataset == "cifar100":
             verdict = f"the course's bar of {bar:.0f}% is {'met' if accuracy >= bar else 'not met'}"
         else:
             verdict = f"on {self.dataset} images, so the course's bar does not apply"
         log.info(f"final test accuracy {accuracy:.2f}% ({verdict})")
-        log.info(f"peak memory {peak_memory(self.runtime.device) / 1e9:.2f} GB")
+        log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
         log.info(f"files      {', '.join(RUN_FILES)} in {self.output_dir}")
 
     def save(self) -> None:
         """Write checkpoint.pt and metrics.csv, or say why that failed and keep the old ones."""
         self.tick()
         self.check_finite()
-        table = io.StringIO()
+        try:
+            save_tensors(self.output_dir / "checkpoint.pt", self.state_dict())
+            self._write_metrics()
+        except OSError as error:
+            log.info(f"warning    not saved ({error}); trying again at the end of the next epoch")
+
+    def _write_metrics(self) -> None:
         if self.history:
+            table = io.StringIO()
             writer = csv.DictWriter(table, self.history[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
                              for row in self.history)
-        try:
-            save_tensors(self.output_dir / "checkpoint.pt", self.state_dict())
             write_atomically(self.output_dir / "metrics.csv", table.getvalue().encode())
-        except OSError as error:
-            log.info(f"warning    not saved ({error}); trying again at the end of the next epoch")
 
     def state_dict(self) -> dict:
         """Return all that a continuation needs: tensors, numbers, strings, lists and dicts."""
@@ -452,12 +445,8 @@ class Run:
         return {
             "script": self.script,
             "settings": self.settings,
-            "torch": torch.__version__,
-            "epoch": self.epoch,
-            "step": self.step,
-            "seconds": self.seconds,
-            "train_seconds": self.train_seconds,
-            "history": self.history,
+            "torch": str(torch.__version__),
+            "position": {name: getattr(self, name) for name in POSITION},
             "sums": self.sums,
             "cpu_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
@@ -467,38 +456,39 @@ class Run:
     def _restore(self, path: Path) -> None:
         state = load_tensors(path)
         try:
-            if state["script"] != self.script:
-                raise UserError(f"{path}: written by {state['script']}.py; name another --output-dir")
-            changed = [
-                f"--{name.replace('_', '-')} {value} (was {state['settings'].get(name)})"
-                for name, value in self.settings.items()
-                if name not in FREE_SETTINGS and value != state["settings"].get(name)
-            ]
-            if changed:
-                raise UserError(f"{path}: cannot go on with other settings: {', '.join(changed)}; use "
-                                "the old ones, or --overwrite, or another --output-dir")
+            self._check_settings(path, state["script"], state["settings"])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
+            for name in POSITION:
+                setattr(self, name, state["position"][name])
             self.sums.copy_(state["sums"])
             torch.set_rng_state(state["cpu_rng"])
             if state["cuda_rng"] is not None and self.runtime.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.runtime.device)
-            for name in ("epoch", "step", "seconds", "train_seconds", "history"):
-                setattr(self, name, state[name])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: not a whole checkpoint of this script ({error})") from error
 
+    def _check_settings(self, path: Path, script: str, settings: dict) -> None:
+        if script != self.script:
+            raise UserError(f"{path}: written by {script}.py; name another --output-dir")
+        changed = [
+            f"--{name.replace('_', '-')} {value} (was {settings.get(name)})"
+            for name, value in self.settings.items()
+            if name not in FREE_SETTINGS and value != settings.get(name)
+        ]
+        if changed:
+            raise UserError(f"{path}: cannot go on with other settings: {', '.join(changed)}; use "
+                            "the old ones, or --overwrite, or another --output-dir")
 
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: on CUDA on the device, elsewhere by this process."""
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most GB held so far: on CUDA on the device, elsewhere resident in this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage's is bytes there, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def print_header(runtime: Runtime, dataset, model: nn.Module, val_size: int) -> None:
@@ -511,6 +501,12 @@ def print_header(runtime: Runtime, dataset, model: nn.Module, val_size: int) -> 
     log.info(f"data       {dataset.name}: {train_size:,} training{held} and "
              f"{len(dataset.test.labels):,} test images from {dataset.source}")
     log.info(f"model      {type(model).__name__}, {parameters:,} parameters")
+
+
+def print_test(result: Metrics, dataset: str) -> None:
+    """Print what --eval-only found."""
+    log.info(f"test loss {result.loss:.3f} acc {result.accuracy:.2%} top5 {result.top5:.2%}  "
+             f"({result.images:,} {dataset} images)")
 
 
 def epoch_line(row: dict) -> str:
@@ -534,18 +530,6 @@ def duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60}h{minutes % 60:02d}m"
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
-# --- The two loops ----------------------------------------------------------------------------
-
-
-class Metrics(NamedTuple):
-    """Means over `images` images; accuracies are fractions of 1."""
-
-    loss: float
-    accuracy: float
-    top5: float
-    images: int
 
 
 def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float, seed: int) -> Metrics:
@@ -602,13 +586,3 @@ def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:
         count += len(labels)
     loss, correct, top5 = sums.tolist()
     return Metrics(loss / count, correct / count, top5 / count, count)
-
-
-def evaluate_saved(model: nn.Module, batches: Iterable, runtime: Runtime, output_dir: Path,
-                   dataset: str) -> None:
-    """Print the test line of `output_dir`/model.pt."""
-    path = output_dir / "model.pt"
-    load_weights(model, load_tensors(path), path)
-    result = evaluate(model, batches, runtime)
-    log.info(f"test loss {result.loss:.3f} acc {result.accuracy:.2%} top5 {result.top5:.2%}  "
-             f"({result.images:,} {dataset} images, {path})")

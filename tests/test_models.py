@@ -1,0 +1,192 @@
+"""The two networks are those of the assignment, and weights are read safely and strictly."""
+
+import os
+import pickle
+
+import pytest
+import torch
+import torchvision
+from conftest import SHARED, needs_weights
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from models import BasicBlock, ResNet
+from utils import UserError
+
+# Stage: parameters, multiply-adds at 32 x 32, output. By hand from Figure 1: a 3x3 convolution has
+# 9 * in * out weights and as many multiply-adds per output pixel; a batch norm has 2 * out weights.
+FIGURE_1 = {
+    "conv1": (9 * 3 * 32, 9 * 3 * 32 * 1024, (32, 32, 32)),
+    "conv2_x": (37_120, 4 * 9 * 32 * 32 * 1024, (32, 32, 32)),
+    "conv3_x": (279_936, (9 * 32 * 64 + 32 * 64 + 7 * 9 * 64 * 64) * 256, (64, 16, 16)),
+    "conv4_x": (1_117_440, (9 * 64 * 128 + 64 * 128 + 7 * 9 * 128 * 128) * 64, (128, 8, 8)),
+    "conv5_x": (2_098_432, (9 * 128 * 256 + 128 * 256 + 3 * 9 * 256 * 256) * 16, (256, 4, 4)),
+    "fc": (25_700, 25_600, (100,)),
+}
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("stage", FIGURE_1)
+def test_each_stage_has_the_size_of_figure_1(stage):
+    model, shapes = ResNet().eval(), {}
+    for name, module in model.named_children():
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: shapes.update({name: tuple(output.shape[1:])})
+        )
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 32, 32))
+    multiply_adds = sum(counter.get_flop_counts()[f"ResNet.{stage}"].values()) // 2
+    module = getattr(model, stage)
+    assert (parameters(module), multiply_adds, shapes[stage]) == FIGURE_1[stage]
+
+
+def test_the_whole_network_has_the_assignments_parameters_and_multiply_adds():
+    model = ResNet().eval()
+    with FlopCounterMode(display=False) as counter:
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
+    assert parameters(model) == 3_559_556
+    assert round(counter.get_total_flops() / 2e6, 1) == 214.8
+    children = [name for name, _ in model.named_children() if name != "dropout"]
+    assert children == ["conv1", "bn1", "conv2_x", "conv3_x", "conv4_x", "conv5_x", "fc"]
+
+
+def test_a_block_has_no_relu_after_the_addition():
+    block = BasicBlock(4, 4).eval()
+    assert block(torch.randn(2, 4, 8, 8)).min() < 0
+    nn.init.zeros_(block.conv2.weight)  # then the block is its short cut
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_the_stride_sits_in_the_first_convolution_of_the_first_block():
+    for name, stride in (("conv2_x", 1), ("conv3_x", 2), ("conv4_x", 2), ("conv5_x", 2)):
+        first, *others = getattr(ResNet(), name)
+        assert (first.conv1.stride, first.conv2.stride) == ((stride, stride), (1, 1))
+        assert all(c.stride == (1, 1) for block in others for c in (block.conv1, block.conv2))
+
+
+def test_the_short_cut_is_a_projection_only_where_the_shape_changes():
+    blocks = [module for module in ResNet().modules() if isinstance(module, BasicBlock)]
+    projected = [block for block in blocks if not isinstance(block.shortcut, nn.Identity)]
+    assert (len(blocks), len(projected)) == (12, 3)
+    for block in projected:
+        convolution, norm = block.shortcut
+        assert (convolution.kernel_size, convolution.stride) == ((1, 1), (2, 2))
+        assert isinstance(norm, nn.BatchNorm2d)
+
+
+def test_convolutions_start_as_he_et_al_say():
+    """Normal, mean 0, variance 2 / (k^2 * out_channels): arXiv:1502.01852, equation 14."""
+    torch.manual_seed(0)
+    for module in ResNet().modules():
+        if isinstance(module, nn.Conv2d):
+            weights = module.weight
+            expected = (2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5
+            assert module.bias is None
+            assert weights.std().item() == pytest.approx(expected, rel=4 / weights.numel() ** 0.5)
+            assert abs(weights.mean().item()) < 5 * expected / weights.numel() ** 0.5
+
+
+def test_every_parameter_gets_a_gradient():
+    model = ResNet()
+    model(torch.randn(4, 3, 32, 32)).logsumexp(1).sum().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_dropout_acts_in_training_only():
+    model, image = ResNet(dropout=0.5), torch.randn(2, 3, 32, 32)
+    assert not torch.equal(model(image), model(image))
+    model.eval()
+    assert torch.equal(model(image), model(image))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (20, 20), (33, 47)])
+def test_any_image_that_leaves_one_pixel_will_do(size):
+    assert ResNet().eval()(torch.zeros(2, 3, *size)).shape == (2, 100)
+
+
+@pytest.fixture(scope="module")
+def imagenet():
+    torch.manual_seed(1)
+    return torchvision.models.resnet18().state_dict()
+
+
+def test_resnet18_loads_a_file_and_gets_a_new_head(tmp_path, imagenet):
+    torch.save(imagenet, tmp_path / "weights.pth")
+    model = models.resnet18(str(tmp_path / "weights.pth"))
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 100)
+    state = model.state_dict()
+    assert all(torch.equal(state[n], imagenet[n]) for n in imagenet if not n.startswith("fc."))
+
+
+def test_resnet18_loads_a_file_from_before_batches_were_counted(tmp_path, imagenet):
+    old = {n: v for n, v in imagenet.items() if not n.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    state = models.resnet18(str(tmp_path / "old.pth")).state_dict()
+    assert torch.equal(state["layer4.1.conv2.weight"], imagenet["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("name", models.RESNET18_FILES)
+def test_resnet18_finds_the_known_files_beside_the_code(tmp_path, monkeypatch, imagenet, name):
+    torch.save(imagenet, tmp_path / name)
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "models.py"))
+    state = models.resnet18(None, download=False).state_dict()
+    assert torch.equal(state["conv1.weight"], imagenet["conv1.weight"])
+
+
+def test_no_weights_and_no_download_name_the_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "models.py"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth.*--weights"):
+        models.resnet18(None, download=False)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['PWNED']}",)
+
+
+@pytest.mark.parametrize("fault, says", [
+    ("missing", "no such file"),
+    ("truncated", "not a PyTorch file, or a damaged one"),
+    ("empty", "not a PyTorch file, or a damaged one"),
+    ("text", "not a PyTorch file, or a damaged one"),
+    ("resnet34", "weights of another network"),
+    ("part 1", "weights of another network"),
+    ("list", "holds a list"),
+    ("malicious", "refused"),
+    ("malicious pickle", "refused"),
+])
+def test_bad_weights_are_named(tmp_path, monkeypatch, imagenet, fault, says):
+    path = tmp_path / "weights.pth"
+    monkeypatch.setenv("PWNED", str(tmp_path / "pwned"))
+    if fault == "truncated":
+        torch.save(imagenet, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif fault in ("empty", "text"):
+        path.write_bytes(b"" if fault == "empty" else b"<html>404</html>\n" * 99)
+    elif fault == "malicious pickle":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif fault != "missing":
+        content = {
+            "resnet34": lambda: torchvision.models.resnet34().state_dict(),
+            "part 1": lambda: ResNet().state_dict(),
+            "list": lambda: [torch.zeros(1)],
+            "malicious": lambda: {"conv1.weight": Malicious()},
+        }[fault]()
+        torch.save(content, path)
+    with pytest.raises(UserError, match=says) as caught:
+        models.resnet18(str(path))
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "pwned").exists()
+
+
+@needs_weights
+def test_the_shared_imagenet_weights_load():
+    path = SHARED / "weights" / "resnet18-imagenet-hybrid.pth"
+    assert models.resnet18(str(path)).conv1.weight.std() > 0.1  # random weights have 0.03
