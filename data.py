@@ -5,9 +5,9 @@ stand-in that needs no file. Both return a `Dataset` of uint8 images. `Batches` 
 the training device and does there, batch by batch, all that other code leaves to worker processes.
 """
 
-import codecs
 import contextlib
 import hashlib
+import http.client
 import logging
 import os
 import pickle
@@ -15,7 +15,6 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -44,6 +43,7 @@ OFFICIAL_MD5 = {
 PYTHON_FILES = ("train", "test", "meta")
 BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as long each time
 MEMBER_LIMIT = 256 * 2**20  # bytes; the largest official member, train, has 155 MB
 FULL_SIZE = {"train": 50_000, "test": 10_000}
 
@@ -140,8 +140,9 @@ def _read_directory(path: Path) -> dict[str, bytes]:
         if file.is_file():
             _check_size(file, file.stat().st_size)
             members[name] = file.read_bytes()
-            if name in OFFICIAL_MD5:
-                _report_checksum(file, _md5(BytesIO(members[name])), OFFICIAL_MD5[name])
+    official = {name: md5 for name, md5 in OFFICIAL_MD5.items() if name in members}
+    if any(_md5(BytesIO(members[name])) != md5 for name, md5 in official.items()):
+        log.info(f"note       {path}: not the official md5 sums; its content is checked instead")
     return members
 
 
@@ -155,14 +156,17 @@ def _read_archive(path: Path) -> dict[str, bytes]:
                 if member.isfile() and name in PYTHON_FILES + BINARY_FILES:
                     _check_size(path / name, member.size)
                     members[name] = archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
         raise UserError(
             f"{path}: not an HDF5 file, and not a whole tar archive ({error}); if it was copied or "
             "downloaded by hand, do that again"
         ) from error
     official = OFFICIAL_MD5[f"cifar-100-{'python' if 'train' in members else 'binary'}.tar.gz"]
     with open(path, "rb") as file:
-        _report_checksum(path, _md5(file), official)
+        if _md5(file) != official:
+            log.info(f"note       {path}: not the official md5 sum; its content is checked instead")
     return members
 
 
@@ -178,17 +182,12 @@ def _md5(file) -> str:
     return digest.hexdigest()
 
 
-def _report_checksum(path: Path, found: str, official: str) -> None:
-    if found != official:
-        log.info(f"note       {path}: md5 {found} is not the official {official}; content checked")
-
-
 def _parse_python(members: dict[str, bytes], path: Path) -> dict:
     parts = {}
     try:
         for name in ("train", "test"):
             content = _unpickle(members[name])
-            parts[name] = content["data"], content["fine_labels"]
+            parts[name] = content["data"].value, np.asarray(content["fine_labels"])
         parts["class_names"] = list(_unpickle(members["meta"])["fine_label_names"])
     except Exception as error:  # a damaged pickle can raise anything
         reason = f"{type(error).__name__}: {error}"
@@ -229,19 +228,41 @@ def _parse_hdf5(path: Path) -> dict:
 def _unpickle(content: bytes) -> dict:
     """Return a pickled dict whose keys are str; Python-2 strings are decoded as latin-1.
 
-    Builds numpy arrays and plain containers; raises UnpicklingError on any other class.
+    Builds uint8 arrays and plain containers; raises UnpicklingError on anything else.
     """
     loaded = _Unpickler(BytesIO(content), encoding="latin1").load()
     return {k.decode() if isinstance(k, bytes) else k: value for k, value in loaded.items()}
 
 
+class _Array:
+    """Stands in for numpy's own unpickling, which trusts any dtype, pointers included."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, _, fortran_order, content = state
+        if fortran_order or not isinstance(content, (bytes, str)):
+            raise pickle.UnpicklingError("refused, for it holds an array that is not of uint8")
+        content = content.encode("latin1") if isinstance(content, str) else content
+        self.value = np.frombuffer(content, np.uint8).reshape(shape)
+
+
+class _Dtype:
+    def __setstate__(self, state: tuple) -> None:
+        pass
+
+
+def _dtype(code: str, *_) -> _Dtype:
+    if code not in ("u1", "|u1", "uint8"):
+        raise pickle.UnpicklingError(f"refused, for it holds an array of {code!r}, not of uint8")
+    return _Dtype()
+
+
 PICKLE_NAMES = {
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _dtype,
     ("numpy", "ndarray"): "ndarray",  # only ever named as an argument of _reconstruct
-    # A pickled array begins empty, and then gets its state.
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8),
-    ("numpy._core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8),
-    ("_codecs", "encode"): codecs.encode,  # Python 3's bytes in a protocol-2 pickle
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
+    # Python 3's bytes in a protocol-2 pickle.
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
 }
 
 
@@ -253,8 +274,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_split(images, labels, name: str, path: Path) -> Split:
-    images, labels = np.asarray(images), np.asarray(labels)
-    where, count = f"{path}: {name}", len(images)
+    where, count = f"{path}: {name}", images.shape[0] if images.ndim else 0
     if images.dtype.kind == "f" and count and images.min() >= 0 and images.max() <= 1:
         images = np.rint(images * 255).astype(np.uint8)
     if images.dtype != np.uint8 or not count or images.shape[1:] not in ((3072,), (3, 32, 32)):
@@ -291,6 +311,7 @@ def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
     Raises UserError if it cannot be had.
     """
     part = data_dir / "cifar-100.tar.gz.part"
+    names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(data_dir / ".cifar-100.lock"):
@@ -298,25 +319,34 @@ def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
             if found:
                 return found
             log.info(f"download   {url} to {data_dir}")
-            for attempt in range(attempts):
-                try:
-                    _transfer(url, part)
-                    break
-                except (OSError, urllib.error.URLError) as error:
-                    if attempt + 1 == attempts or isinstance(error, urllib.error.HTTPError):
-                        raise
-                    log.info(f"download   broke off ({error}), resuming")
-                    time.sleep(2**attempt)
-            with open(part, "rb") as file:
-                md5 = _md5(file)
-            name = {md5: name for name, md5 in OFFICIAL_MD5.items()}.get(md5, "")
-            if not name.endswith(".tar.gz"):
-                part.unlink()
+            leftover = part.exists()
+            md5 = _transfer_with_retries(url, part, attempts)
+            if md5 not in names and leftover:  # it was perhaps another file's
+                md5 = _transfer_with_retries(url, part, attempts)
+            if md5 not in names:
                 raise UserError(_ways_out(data_dir, f"what {url} sent, md5 {md5}, is not official"))
-            os.replace(part, data_dir / name)
-            return data_dir / name
-    except (OSError, ValueError) as error:
+            os.replace(part, data_dir / names[md5])
+            return data_dir / names[md5]
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(_ways_out(data_dir, f"downloading {url} failed: {error}")) from error
+
+
+def _transfer_with_retries(url: str, part: Path, attempts: int) -> str:
+    """Complete `part` and return its md5; it is deleted if that is no official archive's."""
+    for attempt in range(attempts):
+        try:
+            _transfer(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if attempt + 1 == attempts or isinstance(error, urllib.error.HTTPError):
+                raise
+            log.info(f"download   broke off ({error}), resuming")
+            time.sleep(RETRY_SECONDS * 2**attempt)
+    with open(part, "rb") as file:
+        md5 = _md5(file)
+    if md5 not in OFFICIAL_MD5.values():
+        part.unlink()
+    return md5
 
 
 def _transfer(url: str, part: Path) -> None:
@@ -394,15 +424,17 @@ def hold_out(train: Split, count: int) -> tuple[Split, Split]:
 
     Raises UserError if `count` is not a multiple of 100 or leaves a class without images.
     """
+    if not count:
+        return train, Split(train.images[:0], train.labels[:0])
     per_class = count // CLASSES
     smallest = int(torch.bincount(train.labels, minlength=CLASSES).min())
-    if count % CLASSES or not 0 <= per_class < smallest:
+    if count % CLASSES or per_class >= smallest:
         raise UserError(
             f"--val-size {count}: must be a multiple of {CLASSES} below {CLASSES * smallest:,}, "
             "the same number of images from each class"
         )
     held = torch.zeros(len(train.labels), dtype=torch.bool)
-    for label in range(CLASSES if per_class else 0):
+    for label in range(CLASSES):
         held[(train.labels == label).nonzero()[-per_class:]] = True
     return Split(*(part[~held] for part in train)), Split(*(part[held] for part in train))
 

@@ -73,11 +73,13 @@ def main() -> None:
     optimizer = torch.optim.SGD(
         [{"params": backbone}, {"params": head}], args.lr, MOMENTUM,
         weight_decay=args.weight_decay, nesterov=True,
+        fused=runtime.device.type == "cuda",  # and so no synchronisation for the scaler
     )
+    # The rate reaches its end one step after the last; OneCycleLR cannot do fewer than 5 steps.
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [args.lr, HEAD_RATE * args.lr], total_steps + 1, pct_start=WARMUP,
+        optimizer, [args.lr, HEAD_RATE * args.lr], max(total_steps, 5) + 1, pct_start=WARMUP,
         anneal_strategy="linear", cycle_momentum=False,
-    )  # the rate reaches its end one step after the last
+    )
     sizes = [args.image_size] * args.epochs
     run = utils.Run(args, runtime, dataset.name, len(train), total_steps, sizes, parts={
         "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": runtime.scaler(),

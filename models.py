@@ -98,23 +98,21 @@ def resnet18(weights: str | None, num_classes: int = 100, download: bool = True)
         source, state = _imagenet_weights(weights, download)
         load_weights(model, source, state)
         log.info(f"weights    {source}")
-    else:
-        log.info("weights    random, not pre-trained")
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     return model
 
 
 def _imagenet_weights(weights: str | None, download: bool) -> tuple[str, dict]:
-    beside = [Path(__file__).with_name(name) for name in RESNET18_FILES]
-    path = Path(weights) if weights else next(filter(Path.is_file, beside), None)
+    official = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    known = [Path(__file__).with_name(name) for name in RESNET18_FILES]
+    known.append(Path(torch.hub.get_dir(), "checkpoints", Path(official.url).name))
+    path = Path(weights) if weights else next(filter(Path.is_file, known), None)
     if path:
         return str(path), load_tensors(path)
-    official = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(official.url).name)
     reason = "--no-download forbids to fetch them"
-    if download or cached.is_file():
+    if download:
         try:
-            return official.url, official.get_state_dict(progress=True, check_hash=True)
+            return official.url, official.get_state_dict(check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:  # no network, no space, a wrong hash
             reason = f"downloading {official.url} failed: {error}"
     raise UserError(

@@ -62,12 +62,14 @@ def main() -> None:
 
     total_steps = min(args.epochs * len(train), args.max_steps or args.epochs * len(train))
     optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, nesterov=True
+        model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay, nesterov=True,
+        fused=runtime.device.type == "cuda",  # and so no synchronisation for the scaler
     )
+    # The rate reaches its end one step after the last; OneCycleLR cannot do fewer than 5 steps.
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps + 1, pct_start=WARMUP, anneal_strategy="linear",
+        optimizer, args.lr, max(total_steps, 5) + 1, pct_start=WARMUP, anneal_strategy="linear",
         cycle_momentum=False,
-    )  # the rate reaches its end one step after the last
+    )
     sizes = [LOW_RES] * args.low_res_epochs + [32] * args.epochs
     run = utils.Run(args, runtime, dataset.name, len(train), total_steps, sizes, parts={
         "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": runtime.scaler(),

@@ -6,8 +6,10 @@ killed run needs to go on, and all that it writes), its log lines, and the two l
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
+import importlib.util
 import io
 import itertools
 import json
@@ -19,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -44,22 +47,17 @@ FREE_SETTINGS |= {"resume", "overwrite", "eval_only"}
 POSITION = ("epoch", "step", "seconds", "train_seconds", "history")  # of a Run, in its checkpoint
 
 
+DIVERGED = 1
+USER_ERROR = 2
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the state is saved, and the same command goes on
+
+
 class UserError(Exception):
-    """What the user can mend: reported in one line on stderr, exit status 2."""
+    """Reported in one line on stderr, without a traceback; `status` is the exit status."""
 
-    status = 2
-
-
-class Diverged(UserError):
-    """The loss is no longer a finite number: exit status 1."""
-
-    status = 1
-
-
-class Stopped(UserError):
-    """A signal asked to stop, and the state is saved: exit status 75 (EX_TEMPFAIL, sysexits.h)."""
-
-    status = 75
+    def __init__(self, message: str, status: int = USER_ERROR):
+        super().__init__(message)
+        self.status = status
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -80,15 +78,13 @@ def run_script(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
-def number(kind: type, minimum: float, above: bool = False) -> Callable[[str], float]:
-    """Return an argparse type: a finite number of at least (or above) `minimum`."""
+def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type: a finite number from `minimum` to `maximum`."""
 
     def parse(text: str):
         value = kind(text)
-        if not math.isfinite(value) or value < minimum or (above and value == minimum):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {'above' if above else 'at least'} {minimum}"
-            )
+        if not (minimum <= value <= maximum and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not within {minimum} and {maximum}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"
@@ -121,11 +117,11 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     add("--max-steps", type=number(int, 1), metavar="N",
         help="end after N optimizer steps, and anneal the learning rate over these")
     add("--batch-size", type=number(int, 2), metavar="N", help="images per optimizer step")
-    add("--lr", type=number(float, 0, above=True), metavar="LR", help="peak learning rate")
+    add("--lr", type=number(float, 1e-9), metavar="LR", help="peak learning rate")
     add("--weight-decay", type=number(float, 0), metavar="WD", help="L2 penalty on all parameters")
-    add("--label-smoothing", type=number(float, 0), metavar="P",
+    add("--label-smoothing", type=number(float, 0, 1), metavar="P",
         help="probability spread over all classes, in the training loss")
-    add("--seed", type=number(int, 0), default=0, metavar="N",
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
         help="of initial weights, order, augmentation and dropout")
     add("--val-size", type=number(int, 0), default=0, metavar="N",
         help="hold out N training images, the same number from each class, to choose settings by")
@@ -148,8 +144,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     path = args.output_dir
     held = [name for name in RUN_FILES if (path / name).exists()]
-    if args.label_smoothing >= 1:
-        raise UserError(f"--label-smoothing {args.label_smoothing}: must be below 1")
     if path.exists() and not path.is_dir():
         raise UserError(f"--output-dir {path}: is a file, not a directory")
     if args.eval_only and "model.pt" not in held:
@@ -203,18 +197,18 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).sum().item()  # a chip too old for this PyTorch fails here
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--device {device}: not to be had ({reason}); try --device cpu") from error
     # Compute capability: bf16 arithmetic from 8.0 on, fp16 from 5.3, tensor cores and Triton (which
-    # torch.compile needs) from 7.0. A K20X has 3.5 and runs in fp32, uncompiled.
+    # torch.compile needs) from 7.0. A K20X has 3.5: fp32, uncompiled.
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision == "auto":
         precision = "bf16" if capability >= (8, 0) else "fp16" if capability >= (5, 3) else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if compile_model is None:
-        compile_model = capability >= (7, 0)
+        compile_model = capability >= (7, 0) and bool(importlib.util.find_spec("triton"))
     if device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
@@ -255,10 +249,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
     if os.name == "posix":  # the rename is on disk once the directory is
         directory = os.open(path.parent, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):  # which some network file systems cannot do
             os.fsync(directory)
-        finally:
-            os.close(directory)
+        os.close(directory)
 
 
 def save_tensors(path: Path, content: dict) -> None:
@@ -274,11 +267,13 @@ def load_tensors(path: Path) -> dict:
     Raises UserError if it is missing, damaged, or asks for more than tensors and plain containers.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except Exception as error:  # a damaged file can raise anything
-        if "Unsupported" in str(error):
+        if "GLOBAL" in str(error):
             reason = "refused, for it holds more than tensors and might execute code"
         else:
             reason = f"not a PyTorch file, or a damaged one ({type(error).__name__}); get it again"
@@ -368,17 +363,17 @@ class Run:
             if self.stop_signal:
                 bar.close()
                 self.save()
-                raise Stopped(f"{self.stop_signal}: stopped in epoch {self.epoch + 1} after "
-                              f"{self.step} steps; the same command with --resume goes on")
+                where = f"in epoch {self.epoch + 1} after {self.step} steps"
+                raise UserError(f"{self.stop_signal}: stopped {where}; go on by the same command "
+                                "and --resume", STOPPED)
             yield batch
 
     def check_finite(self) -> None:
-        """Raise Diverged if a loss of this epoch was NaN or infinite."""
-        if math.isfinite(self.first_bad.item()):
-            raise Diverged(
-                f"the training loss was not finite at step {int(self.first_bad.item()) + 1}; try a "
-                "lower --lr or --precision fp32. The checkpoint from before is untouched"
-            )
+        """Raise UserError if a loss of this epoch was NaN or infinite."""
+        step = self.first_bad.item()
+        if math.isfinite(step):
+            raise UserError(f"the loss was not finite at step {int(step) + 1}; start again with "
+                            "--overwrite and a lower --lr, or --precision fp32", DIVERGED)
 
     def tick(self) -> float:
         """Add the time since the last call to the current epoch's, and return that in seconds."""
@@ -389,6 +384,9 @@ class Run:
     def end_epoch(self, results: dict[str, Metrics]) -> None:
         """Record the epoch, print its line, and save. `results` are by split, train first."""
         self.tick()
+        if not all(math.isfinite(metrics.loss) for metrics in results.values()):
+            self.first_bad.fill_(self.epoch * self.steps_per_epoch + self.step - 1)
+            self.check_finite()
         lr = self.parts["optimizer"].param_groups[0]["lr"]  # what the next step would take
         trained = results["train"].images
         self.epoch += 1
@@ -404,7 +402,10 @@ class Run:
         log.info(epoch_line(row))
         self.step, self.seconds, self.train_seconds = 0, 0.0, 0.0
         self.sums.zero_()
-        self.save()
+        try:
+            self.save()
+        except OSError as error:
+            log.info(f"warning    not saved ({error}); trying again at the end of the next epoch")
 
     def finish(self, bar: float) -> None:
         """Write model.pt and print the last lines; `bar` is the course's test accuracy, in %."""
@@ -421,14 +422,11 @@ class Run:
         log.info(f"files      {', '.join(RUN_FILES)} in {self.output_dir}")
 
     def save(self) -> None:
-        """Write checkpoint.pt and metrics.csv, or say why that failed and keep the old ones."""
+        """Write checkpoint.pt and metrics.csv; raises OSError, and then the old ones are left."""
         self.tick()
         self.check_finite()
-        try:
-            save_tensors(self.output_dir / "checkpoint.pt", self.state_dict())
-            self._write_metrics()
-        except OSError as error:
-            log.info(f"warning    not saved ({error}); trying again at the end of the next epoch")
+        save_tensors(self.output_dir / "checkpoint.pt", self.state_dict())
+        self._write_metrics()
 
     def _write_metrics(self) -> None:
         if self.history:
@@ -446,6 +444,7 @@ class Run:
             "script": self.script,
             "settings": self.settings,
             "torch": str(torch.__version__),
+            "total_steps": self.total_steps,
             "position": {name: getattr(self, name) for name in POSITION},
             "sums": self.sums,
             "cpu_rng": torch.get_rng_state(),
@@ -457,6 +456,8 @@ class Run:
         state = load_tensors(path)
         try:
             self._check_settings(path, state["script"], state["settings"])
+            if state["total_steps"] != self.total_steps:
+                raise UserError(f"{path}: of a run on a data set of another size")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             for name in POSITION:
@@ -511,8 +512,8 @@ def print_test(result: Metrics, dataset: str) -> None:
 
 def epoch_line(row: dict) -> str:
     """Format one row of metrics.csv as the line for the log."""
-    width = len(str(row["epochs"]))
-    fields = [f"epoch {row['epoch']:{width + 1}}/{row['epochs']}", f"lr {row['lr']:.4f}"]
+    width = max(2, len(str(row["epochs"])))
+    fields = [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"lr {row['lr']:.4f}"]
     if row["dataset"] != "cifar100":
         fields.insert(0, f"[{row['dataset']}]")
     for split in ("train", "val", "test"):
@@ -537,7 +538,7 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float, seed: i
 
     `batches` yield float images (B, 3, H, W) and int64 labels (B,) from step `run.step` on. The
     loss is cross entropy with label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7).
-    Raises Diverged if it stops being finite, Stopped on a signal.
+    Raises UserError if it stops being finite, or on a signal to stop.
     """
     model, optimizer, scheduler, scaler = (
         run.parts[name] for name in ("model", "optimizer", "scheduler", "scaler")

@@ -1,6 +1,5 @@
 """What several tests need: small CIFAR-100s in every format, the scripts, and the shared data."""
 
-import os
 import pickle
 import subprocess
 import sys
@@ -90,10 +89,7 @@ def pack(directory: Path, archive: Path) -> Path:
     return archive
 
 
-def script(name: str, *flags, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
+def script(name: str, *flags, **kwargs) -> subprocess.CompletedProcess:
     """Run a script of the project as a user does, and return its outcome with text output."""
     command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
-    environment = {**os.environ, **(env or {})}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, **kwargs
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)

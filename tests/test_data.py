@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -186,12 +187,34 @@ class Call:
 def test_a_pickle_cannot_call_anything(tmp_path, arrays, hostile):
     directory = write_python(tmp_path / "cifar-100-python", arrays)
     pwned = tmp_path / "pwned"
-    # The arguments name a file; writing the path into the pickle keeps its length.
+    # Protocol 0 stores no lengths, so the path can stand in for its name.
     content = pickle.dumps(hostile, 0).replace(b"{pwned}", str(pwned).encode())
     (directory / "train").write_bytes(content)
     with pytest.raises(UserError, match="refused, for it asks for"):
         data.load("cifar100", tmp_path, download=False)
     assert not pwned.exists()
+
+
+@pytest.mark.parametrize("dtype", ["O", "f8", "i4"])
+def test_a_pickled_array_must_be_of_uint8(tmp_path, arrays, dtype):
+    """numpy's own unpickling would take an object array's bytes for pointers."""
+    directory = write_python(tmp_path / "cifar-100-python", arrays)
+    content = pickle.dumps({"data": np.zeros((1, 3072), dtype), "fine_labels": [0]}, 2)
+    (directory / "train").write_bytes(content)
+    with pytest.raises(UserError, match="refused, for it holds an array"):
+        data.load("cifar100", tmp_path, download=False)
+
+
+@pytest.mark.parametrize("content", [
+    {"data": 5, "fine_labels": [1]}, {"data": None}, {}, {"data": [[1, 2], [3]], "fine_labels": []},
+    {"data": np.zeros((2, 3072), np.uint8), "fine_labels": [[1, 2], [3]]},
+    {"data": np.zeros((2, 3072), np.uint8), "fine_labels": ["a", "b"]},
+])
+def test_a_pickle_of_other_things_is_named(tmp_path, arrays, content):
+    directory = write_python(tmp_path / "cifar-100-python", arrays)
+    (directory / "train").write_bytes(pickle.dumps(content, 2))
+    with pytest.raises(UserError, match="train"):
+        data.load("cifar100", tmp_path, download=False)
 
 
 def test_a_member_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
@@ -205,11 +228,14 @@ def test_a_member_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content`, by range where asked for; breaks off `breaks` times after half of it."""
+    """Serves `content`, by range where asked for; breaks off `breaks` times after half of it.
 
-    def __init__(self, content: bytes, breaks: int = 0):
+    Between the halves it pauses for `pause` seconds.
+    """
+
+    def __init__(self, content: bytes, breaks: int = 0, pause: float = 0):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.breaks, self.ranges = content, breaks, []
+        self.content, self.breaks, self.pause, self.ranges = content, breaks, pause, []
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/cifar-100-python.tar.gz"
 
@@ -225,10 +251,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
-        if self.server.breaks:
-            self.server.breaks -= 1
-            rest = rest[: len(rest) // 2]
-        self.wfile.write(rest)
+        half = len(rest) // 2
+        self.wfile.write(rest[:half])
+        time.sleep(self.server.pause)
+        if not self.server.breaks:
+            self.wfile.write(rest[half:])
+        self.server.breaks = max(0, self.server.breaks - 1)
 
     def log_message(self, *_):
         pass
@@ -241,7 +269,7 @@ def archive(tmp_path, arrays, monkeypatch):
     content = written.read_bytes()
     md5 = hashlib.md5(content).hexdigest()
     monkeypatch.setitem(data.OFFICIAL_MD5, "cifar-100-python.tar.gz", md5)
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return content
 
 
@@ -254,7 +282,8 @@ def test_a_download_is_checked_and_read(tmp_path, archive, arrays):
     assert server.ranges == [None], "the second time nothing is asked for"
 
 
-def test_a_broken_download_is_resumed(tmp_path, archive, arrays):
+def test_a_broken_download_is_resumed(tmp_path, archive, arrays, monkeypatch):
+    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
     server = Server(archive, breaks=2)
     assert same(data.load("cifar100", tmp_path / "data", server.url), arrays)
     half = len(archive) // 2
@@ -268,6 +297,12 @@ def test_a_download_killed_at_its_end_is_resumed(tmp_path, archive, arrays):
     assert same(data.load("cifar100", tmp_path / "data", Server(archive).url), arrays)
 
 
+def test_the_rest_of_another_file_is_not_in_the_way(tmp_path, archive, arrays):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-100.tar.gz.part").write_bytes(b"of another mirror")
+    assert same(data.load("cifar100", tmp_path / "data", Server(archive).url), arrays)
+
+
 def test_a_wrong_archive_is_not_kept(tmp_path, archive):
     server = Server(archive + b"x")
     with pytest.raises(UserError, match=r"not official.*Three ways out.*--data-url.*synthetic"):
@@ -275,16 +310,18 @@ def test_a_wrong_archive_is_not_kept(tmp_path, archive):
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".cifar-100.lock"]
 
 
-@pytest.mark.parametrize("download, url", [(True, "http://127.0.0.1:9/none"), (True, "nonsense"),
-                                           (False, None)])
+@pytest.mark.parametrize("download, url", [
+    (True, "http://127.0.0.1:9/none"), (True, "nonsense"), (True, "http://127.0.0.1:x/none"),
+    (True, "http://127.0.0.1/a b"), (False, None),
+])
 def test_no_data_names_three_ways_out(tmp_path, monkeypatch, download, url):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
     with pytest.raises(UserError, match=r"put .*--data-url.*--dataset synthetic"):
         data.load("cifar100", tmp_path / "data", url, download)
 
 
 def test_of_two_processes_one_downloads(tmp_path, archive):
-    server = Server(archive)
+    server = Server(archive, pause=5)
     code = (
         "import sys, data, hashlib; data.OFFICIAL_MD5['cifar-100-python.tar.gz'] = sys.argv[3]\n"
         "data.load('cifar100', sys.argv[1], sys.argv[2])"
