@@ -506,7 +506,7 @@ def print_header(runtime: Runtime, dataset, model: nn.Module, val_size: int) -> 
 
 def print_test(result: Metrics, dataset: str) -> None:
     """Print what --eval-only found."""
-    log.info(f"test loss {result.loss:.3f} acc {result.accuracy:.2%} top5 {result.top5:.2%}  "
+    log.info(f"test loss {result.loss:.3f} acc {result.accuracy:6.2%} top5 {result.top5:6.2%}  "
              f"({result.images:,} {dataset} images)")
 
 

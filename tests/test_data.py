@@ -190,7 +190,7 @@ def test_a_pickle_cannot_call_anything(tmp_path, arrays, hostile):
     # Protocol 0 stores no lengths, so the path can stand in for its name.
     content = pickle.dumps(hostile, 0).replace(b"{pwned}", str(pwned).encode())
     (directory / "train").write_bytes(content)
-    with pytest.raises(UserError, match="refused, for it asks for"):
+    with pytest.raises(UserError, match="refused, for it"):
         data.load("cifar100", tmp_path, download=False)
     assert not pwned.exists()
 
@@ -437,8 +437,8 @@ def test_the_data_path_and_the_forward_pass_stay_on_the_gpu(part, size):
         split = data.Split(torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.arange(50))
         stats = data.CIFAR100_STATS if part == 1 else data.IMAGENET_STATS
         batches = data.Batches(split, 20, stats, runtime)
-        model = models.ResNet() if part == 1 else models.resnet18("random")
-        runtime.place(model)
+        with torch.device("cuda"):  # fake modules cannot be moved
+            model = models.ResNet() if part == 1 else models.resnet18("random")
         for given in (batches.shuffled(0, 0, 0, size), batches.in_order(size)):
             for images, labels in given:
                 with runtime.autocast():
