@@ -4,7 +4,7 @@ The bar of the course is 60 % test accuracy.
 
     python train_resnet.py --data-dir PATH                     the recipe, for a GPU
     python train_resnet.py --epochs 9 --low-res-epochs 5       the same in an hour on two CPU cores
-    python train_resnet.py --dataset synthetic --epochs 3      without data: does it run here?
+    python train_resnet.py --dataset synthetic --epochs 2      without data: does it run here?
     python train_resnet.py --eval-only                         test a finished run's model.pt
 """
 

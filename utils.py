@@ -500,7 +500,7 @@ def print_header(runtime: Runtime, dataset, model: nn.Module, val_size: int) -> 
     log.info(f"command    {shlex.join(['python', *sys.argv])}")
     log.info(f"device     {runtime}, torch {torch.__version__}")
     log.info(f"data       {dataset.name}: {train_size:,} training{held} and "
-             f"{len(dataset.test.labels):,} test images from {dataset.source}")
+             f"{len(dataset.test.labels):,} test images, {dataset.source}")
     log.info(f"model      {type(model).__name__}, {parameters:,} parameters")
 
 
