@@ -5,16 +5,20 @@ stand-in that needs no file. Both return a `Dataset` of uint8 images. `Batches` 
 the training device and does there, batch by batch, all that other code leaves to worker processes.
 """
 
-import contextlib
+import gzip
 import hashlib
 import http.client
 import logging
+import math
+import operator
 import os
 import pickle
+import re
 import tarfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -26,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import Runtime, UserError, epoch_seed
+from utils import Refused, Runtime, UserError, check_pickle, epoch_seed, try_lock
 
 log = logging.getLogger("cifar100")
 
@@ -44,7 +48,8 @@ PYTHON_FILES = ("train", "test", "meta")
 BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as long each time
-MEMBER_LIMIT = 256 * 2**20  # bytes; the largest official member, train, has 155 MB
+SIZE_LIMIT = 256 * 2**20  # bytes, of a file and of an unpacked archive; the official has 186 MB
+NAMES_LIMIT = 10_000  # bytes; the official fine_label_names.txt has 900
 FULL_SIZE = {"train": 50_000, "test": 10_000}
 
 # Mean and standard deviation of the pixels, scaled to 0..1, of the 50,000 training images.
@@ -69,6 +74,13 @@ class Dataset(NamedTuple):
     test: Split
     class_names: tuple[str, ...]
     source: str
+
+    def checksum(self) -> int:
+        """Return the CRC-32 of all images and labels, in their order."""
+        crc = 0
+        for tensor in (*self.train, *self.test):
+            crc = zlib.crc32(tensor.numpy(), crc)
+        return crc
 
 
 def load(name: str, data_dir: str | Path, url: str | None = None, download: bool = True) -> Dataset:
@@ -123,8 +135,9 @@ def read(path: Path) -> Dataset:
     train = _check_split(*parts["train"], "train", path)
     test = _check_split(*parts["test"], "test", path)
     class_names = parts["class_names"]
-    if len(class_names) != CLASSES or not all(isinstance(name, str) for name in class_names):
-        raise UserError(f"{path}: holds {len(class_names)} class names instead of {CLASSES}")
+    named = isinstance(class_names, list) and len(class_names) == CLASSES
+    if not named or not all(isinstance(name, str) for name in class_names):
+        raise UserError(f"{path}: does not hold {CLASSES} class names")
     return Dataset("cifar100", train, test, tuple(class_names), f"{path} ({kind} version)")
 
 
@@ -138,7 +151,8 @@ def _read_directory(path: Path) -> dict[str, bytes]:
     for name in PYTHON_FILES + BINARY_FILES:
         file = path / name
         if file.is_file():
-            _check_size(file, file.stat().st_size)
+            if file.stat().st_size > SIZE_LIMIT:
+                raise UserError(f"{file}: larger than any file of CIFAR-100")
             members[name] = file.read_bytes()
     official = {name: md5 for name, md5 in OFFICIAL_MD5.items() if name in members}
     if any(_md5(BytesIO(members[name])) != md5 for name, md5 in official.items()):
@@ -150,11 +164,11 @@ def _read_archive(path: Path) -> dict[str, bytes]:
     """Return the archive's members of interest by base name; nothing is unpacked to disk."""
     members = {}
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(fileobj=_gunzip(path), mode="r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
-                if member.isfile() and name in PYTHON_FILES + BINARY_FILES:
-                    _check_size(path / name, member.size)
+                wanted = name in PYTHON_FILES + BINARY_FILES
+                if wanted and member.isfile() and not member.issparse():
                     members[name] = archive.extractfile(member).read()
     except UserError:
         raise
@@ -170,9 +184,17 @@ def _read_archive(path: Path) -> dict[str, bytes]:
     return members
 
 
-def _check_size(name: Path, size: int) -> None:
-    if size > MEMBER_LIMIT:
-        raise UserError(f"{name}: {size:,} bytes, more than any file of CIFAR-100 has")
+def _gunzip(path: Path) -> BytesIO:
+    """Return the content of a .tar or .tar.gz; gzip's checksum is verified at its end."""
+    unpacked = BytesIO()
+    is_gzip = _starts_with(path, b"\x1f\x8b")
+    with gzip.open(path) if is_gzip else open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            unpacked.write(chunk)
+            if unpacked.tell() > SIZE_LIMIT:
+                raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
+    unpacked.seek(0)
+    return unpacked
 
 
 def _md5(file) -> str:
@@ -185,18 +207,22 @@ def _md5(file) -> str:
 def _parse_python(members: dict[str, bytes], path: Path) -> dict:
     parts = {}
     try:
-        for name in ("train", "test"):
+        for name in ("train", "test", "meta"):
             content = _unpickle(members[name])
-            parts[name] = content["data"].value, np.asarray(content["fine_labels"])
-        parts["class_names"] = list(_unpickle(members["meta"])["fine_label_names"])
+            if name == "meta":
+                parts["class_names"] = content["fine_label_names"]
+            else:
+                labels = map(operator.index, content["fine_labels"])
+                parts[name] = content["data"].pixels(), np.fromiter(labels, np.int64)
     except Exception as error:  # a damaged pickle can raise anything
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{path}: {name} is not a pickle of CIFAR-100 ({reason})") from error
     return parts
 
 
 def _parse_binary(members: dict[str, bytes], path: Path) -> dict:
-    parts = {"class_names": members["fine_label_names.txt"].decode("utf-8", "replace").split()}
+    names = members["fine_label_names.txt"][:NAMES_LIMIT].decode("utf-8", "replace")
+    parts = {"class_names": names.split()}
     record = 2 + 3072  # bytes: coarse label, fine label, pixels
     for name in ("train", "test"):
         content = np.frombuffer(members[f"{name}.bin"], np.uint8)
@@ -217,12 +243,31 @@ def _parse_hdf5(path: Path) -> dict:
     try:
         with h5py.File(path) as file:
             for name in ("train", "test"):
-                if file[f"X_{name}"].size > FULL_SIZE["train"] * 3072:
-                    raise UserError(f"{path}: X_{name} is larger than all of CIFAR-100")
-                parts[name] = file[f"X_{name}"][:], file[f"Y_{name}"][:].reshape(-1)
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+                images, labels = file[f"X_{name}"], file[f"Y_{name}"]
+                for part in (images, labels):
+                    chunk = math.prod(part.chunks or (1,)) * part.dtype.itemsize
+                    if part.size > FULL_SIZE["train"] * 3072 or chunk > SIZE_LIMIT:
+                        raise UserError(f"{path}: {part.name} is larger than all of CIFAR-100")
+                parts[name] = _read_pixels(images, name, path), labels[:].reshape(-1)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path}: not an HDF5 file with the course's keys ({error})") from error
     return parts
+
+
+def _read_pixels(images, name: str, path: Path) -> np.ndarray:
+    """Return an HDF5 dataset as uint8, a thousand images at a time; floats 0..1 are scaled."""
+    if images.dtype == np.uint8:
+        return images[:]
+    pixels = np.empty(images.shape, np.uint8)
+    for start in range(0, len(images), 1000):
+        part = images[start : start + 1000]
+        if part.dtype.kind != "f" or not (part.min() >= 0 and part.max() <= 1):
+            raise UserError(f"{path}: {name} images are {part.dtype}, but neither uint8 nor floats "
+                            "of 0..1")
+        pixels[start : start + 1000] = np.rint(part * 255)
+    return pixels
 
 
 def _unpickle(content: bytes) -> dict:
@@ -230,6 +275,7 @@ def _unpickle(content: bytes) -> dict:
 
     Builds uint8 arrays and plain containers; raises UnpicklingError on anything else.
     """
+    check_pickle(BytesIO(content), PICKLE_GLOBALS)
     loaded = _Unpickler(BytesIO(content), encoding="latin1").load()
     return {k.decode() if isinstance(k, bytes) else k: value for k, value in loaded.items()}
 
@@ -238,11 +284,14 @@ class _Array:
     """Stands in for numpy's own unpickling, which trusts any dtype, pointers included."""
 
     def __setstate__(self, state: tuple) -> None:
-        _, shape, _, fortran_order, content = state
-        if fortran_order or not isinstance(content, (bytes, str)):
-            raise pickle.UnpicklingError("refused, for it holds an array that is not of uint8")
+        _, self.shape, _, fortran_order, self.content = state
+        if fortran_order or not isinstance(self.content, (bytes, str)):
+            raise Refused("refused, for it holds an array that is not of uint8")
+
+    def pixels(self) -> np.ndarray:
+        content = self.content
         content = content.encode("latin1") if isinstance(content, str) else content
-        self.value = np.frombuffer(content, np.uint8).reshape(shape)
+        return np.frombuffer(content, np.uint8).reshape(self.shape)
 
 
 class _Dtype:
@@ -252,34 +301,40 @@ class _Dtype:
 
 def _dtype(code: str, *_) -> _Dtype:
     if code not in ("u1", "|u1", "uint8"):
-        raise pickle.UnpicklingError(f"refused, for it holds an array of {code!r}, not of uint8")
+        raise Refused(f"refused, for it holds an array of {code!r}, not of uint8")
     return _Dtype()
 
 
 PICKLE_NAMES = {
-    ("numpy", "dtype"): _dtype,
-    ("numpy", "ndarray"): "ndarray",  # only ever named as an argument of _reconstruct
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    # Python 3's bytes in a protocol-2 pickle.
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+    "numpy dtype": _dtype,
+    "numpy ndarray": "ndarray",  # only ever named as an argument of _reconstruct
+    "numpy.core.multiarray _reconstruct": lambda *_: _Array(),
+    "numpy._core.multiarray _reconstruct": lambda *_: _Array(),
+    "_codecs encode": None,  # makes Python 3's bytes in a protocol-2 pickle
 }
+PICKLE_GLOBALS = re.compile("|".join(map(re.escape, PICKLE_NAMES)))
 
 
 class _Unpickler(pickle.Unpickler):
+    encoded = 0  # bytes made so far; a short pickle could ask for the same ones many times
+
     def find_class(self, module: str, name: str):
-        if (module, name) not in PICKLE_NAMES:
-            raise pickle.UnpicklingError(f"refused, for it asks for {module}.{name}")
-        return PICKLE_NAMES[module, name]
+        if f"{module} {name}" not in PICKLE_NAMES:
+            raise Refused(f"refused, for it asks for {module}.{name}")
+        return PICKLE_NAMES[f"{module} {name}"] or self._encode
+
+    def _encode(self, text: str, _) -> bytes:
+        self.encoded += len(text)
+        if self.encoded > SIZE_LIMIT:
+            raise Refused("refused, for it is larger than all of CIFAR-100")
+        return text.encode("latin1")
 
 
 def _check_split(images, labels, name: str, path: Path) -> Split:
     where, count = f"{path}: {name}", images.shape[0] if images.ndim else 0
-    if images.dtype.kind == "f" and count and images.min() >= 0 and images.max() <= 1:
-        images = np.rint(images * 255).astype(np.uint8)
     if images.dtype != np.uint8 or not count or images.shape[1:] not in ((3072,), (3, 32, 32)):
-        raise UserError(f"{where} images are {images.dtype} {images.shape}, not uint8 0..255 or "
-                        "floats 0..1 of shape (N, 3, 32, 32)")
+        raise UserError(f"{where} images are {images.dtype} {images.shape}, not uint8 of shape "
+                        "(N, 3, 32, 32)")
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise UserError(f"{where} labels are {labels.dtype} {labels.shape}, not whole ({count},)")
     if labels.min() < 0 or labels.max() >= CLASSES:
@@ -314,7 +369,11 @@ def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
     names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(data_dir / ".cifar-100.lock"):
+        with open(data_dir / ".cifar-100.lock", "w") as lock:
+            if not try_lock(lock):
+                log.info(f"download   waiting for another process, which holds {lock.name}")
+                while not try_lock(lock):
+                    time.sleep(0.1)
             found = find(data_dir)
             if found:
                 return found
@@ -370,26 +429,6 @@ def _transfer(url: str, part: Path) -> None:
                 bar.update(file.write(chunk))
     if total and part.stat().st_size < total:
         raise OSError(f"connection closed after {part.stat().st_size:,} of {total:,} bytes")
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path):
-    """Hold a lock on `path`; the system drops it when the process ends, however it ends.
-
-    Where there are no such locks (Windows, some cluster file systems) nothing is held.
-    """
-    with open(path, "w") as file:
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info(f"download   waiting for another process, which holds {path}")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                log.info(f"download   without a lock ({error}); start one process at a time")
-        yield
 
 
 def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:

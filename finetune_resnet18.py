@@ -81,7 +81,7 @@ def main() -> None:
         anneal_strategy="linear", cycle_momentum=False,
     )
     sizes = [args.image_size] * args.epochs
-    run = utils.Run(args, runtime, dataset.name, len(train), total_steps, sizes, parts={
+    run = utils.Run(args, runtime, dataset, len(train), total_steps, sizes, parts={
         "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": runtime.scaler(),
     })
     run.start()

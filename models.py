@@ -4,6 +4,7 @@ Nothing here touches a device or reads a flag: `ResNet()` and `resnet18()` retur
 modules on the CPU, whose `state_dict()` is what the training scripts write to `model.pt`.
 """
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from utils import UserError, load_tensors
+from utils import DamagedFile, UserError, load_tensors
 
 log = logging.getLogger("cifar100")
 
@@ -102,13 +103,14 @@ def resnet18(weights: str | None, num_classes: int = 100, download: bool = True)
     return model
 
 
-def _imagenet_weights(weights: str | None, download: bool) -> tuple[str, dict]:
+def _imagenet_weights(weights: str | None, download: bool) -> tuple[str, dict | None]:
     official = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     known = [Path(__file__).with_name(name) for name in RESNET18_FILES]
     known.append(Path(torch.hub.get_dir(), "checkpoints", Path(official.url).name))
     path = Path(weights) if weights else next(filter(Path.is_file, known), None)
     if path:
-        return str(path), load_tensors(path)
+        _note_other_content(path)
+        return str(path), None
     reason = "--no-download forbids to fetch them"
     if download:
         try:
@@ -121,14 +123,24 @@ def _imagenet_weights(weights: str | None, download: bool) -> tuple[str, dict]:
     )
 
 
+def _note_other_content(path: Path) -> None:
+    """Say so if a file of a known name is not the known file; its format has no checksum."""
+    if path.name not in RESNET18_FILES or not path.is_file():
+        return
+    digest = path.stem.rpartition("-")[2]  # the first 8 hexadecimal digits of its SHA-256
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
+        log.info(f"note       {path}: not the official SHA-256; only its form is checked")
+
+
 def load_weights(model: nn.Module, path: Path | str, state: dict | None = None) -> None:
     """Load the state_dict in `path`, or `state` from there, strictly.
 
     Raises UserError if it cannot be read or is another network's.
     """
-    state = load_tensors(path) if state is None else state
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(load_tensors(path) if state is None else state)
+    except DamagedFile as error:
+        raise UserError(f"{error}; get it again") from error
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: weights of another network ({reason} ...)") from error

@@ -71,7 +71,7 @@ def main() -> None:
         cycle_momentum=False,
     )
     sizes = [LOW_RES] * args.low_res_epochs + [32] * args.epochs
-    run = utils.Run(args, runtime, dataset.name, len(train), total_steps, sizes, parts={
+    run = utils.Run(args, runtime, dataset, len(train), total_steps, sizes, parts={
         "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": runtime.scaler(),
     })
     run.start()

@@ -16,12 +16,17 @@ import json
 import logging
 import math
 import os
+import pickle
+import pickletools
 import platform
+import re
 import shlex
 import signal
 import sys
 import time
+import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -39,13 +44,22 @@ except ImportError:  # Windows
 
 log = logging.getLogger("cifar100")
 
+STARTED = time.monotonic()  # seconds; of this process, as near as a module can tell
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
-RUN_FILES = ("config.json", "metrics.csv", "checkpoint.pt", "model.pt")
+FIRST_SAVE = 10  # seconds that a save is taken to last until one has been timed
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
+CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")  # the newest, and the one before it
+RUN_FILES = ("config.json", "metrics.csv", "times.csv", *CHECKPOINTS, "model.pt")
+TIMES = ("images_per_second", "seconds", "eta_seconds")  # what two equal runs differ in
 # Settings that may differ between a run and its continuation, for they do not change its course.
-FREE_SETTINGS = {"data_dir", "data_url", "no_download", "output_dir", "device", "weights"}
-FREE_SETTINGS |= {"resume", "overwrite", "eval_only"}
+FREE_SETTINGS = {"data_dir", "data_url", "no_download", "output_dir", "device", "weights", "debug"}
+FREE_SETTINGS |= {"resume", "overwrite", "eval_only", "max_minutes", "checkpoint_minutes"}
+MOST_OPCODES = 2_000_000  # in a pickle; the official train has 0.4 million
+MOST_TUPLES = 10_000  # in a pickle; a checkpoint of part 2 has 1,400
+TENSOR_GLOBALS = re.compile(  # what a pickled dict of tensors calls
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"
+)
 POSITION = ("epoch", "step", "seconds", "train_seconds", "history")  # of a Run, in its checkpoint
-
 
 DIVERGED = 1
 USER_ERROR = 2
@@ -60,22 +74,50 @@ class UserError(Exception):
         self.status = status
 
 
+class DamagedFile(UserError):
+    """A file whose content is not whole, or not what its place asks for."""
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit with the status of what it raises, after one line on stderr."""
     log.addHandler(logging.StreamHandler(sys.stdout))  # it flushes after every line
     log.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a full disk under the log does not end the training
+    for name in STOP_SIGNALS[1:]:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop_before_the_run)
     try:
         return main()
-    except UserError as error:
-        message, status = " ".join(str(error).split()), error.status
-    except torch.OutOfMemoryError:
-        message, status = "out of GPU memory: try a smaller --batch-size", 2
-    except OSError as error:
-        message, status = f"cannot go on: {error}", 1
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
+    except (Exception, KeyboardInterrupt) as error:
+        message, status = explain(error)
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+    _exit_with(message, status)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Return the line and the exit status for `error`; raises it if it is a fault of the code."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split()), error.status
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory: try a smaller --batch-size", USER_ERROR
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: try a smaller --batch-size", USER_ERROR
+    if isinstance(error, OSError):
+        return f"cannot go on: {error}", 1
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    raise error
+
+
+def _exit_with(message: str, status: int) -> None:
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _stop_before_the_run(number: int, _frame) -> None:
+    name = signal.Signals(number).name
+    _exit_with(f"{name}: stopped before the first step; start the same command again", STOPPED)
 
 
 def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
@@ -130,12 +172,17 @@ def common_parser(description: str) -> argparse.ArgumentParser:
         help="auto: on CUDA bf16 or else fp16 where the chip computes in it, fp32 otherwise")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
         help="torch.compile; by default on CUDA from compute capability 7.0 on")
+    add("--checkpoint-minutes", type=number(float, 0), default=10, metavar="M",
+        help="save every M minutes within an epoch, and at its end")
+    add("--max-minutes", type=number(float, 0.001), metavar="M",
+        help="save and stop with exit status 75 before M minutes are over (batch jobs)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true",
         help="go on from the checkpoint in --output-dir, if there is one")
     existing.add_argument("--overwrite", action="store_true",
         help="replace the run that is in --output-dir")
     add("--eval-only", action="store_true", help="only test the model.pt in --output-dir")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -143,12 +190,15 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; raises UserError if it does not fit what --output-dir holds."""
     args = parser.parse_args()
     path = args.output_dir
-    held = [name for name in RUN_FILES if (path / name).exists()]
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output-dir {path}: is a file, not a directory")
+    try:
+        held = [name for name in RUN_FILES if (path / name).exists()]
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output-dir {path}: is a file, not a directory")
+    except OSError as error:
+        raise UserError(f"--output-dir {path}: cannot be read ({error})") from error
     if args.eval_only and "model.pt" not in held:
         raise UserError(f"{path}: holds no model.pt to test; a run writes it at its end")
-    lost = args.resume and "model.pt" in held and "checkpoint.pt" not in held
+    lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
     if held and (lost or not (args.resume or args.overwrite or args.eval_only)):
         raise UserError(
             f"{path}: already holds a run ({', '.join(held)}); --overwrite replaces it, --resume "
@@ -156,6 +206,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
             "another place"
         )
     return args
+
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Runtime(NamedTuple):
@@ -206,7 +259,7 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision == "auto":
         precision = "bf16" if capability >= (8, 0) else "fp16" if capability >= (5, 3) else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = {name: dtype for dtype, name in PRECISIONS.items()}[precision]
     if compile_model is None:
         compile_model = capability >= (7, 0) and bool(importlib.util.find_spec("triton"))
     if device.type == "cpu":
@@ -235,52 +288,122 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `path` whole or not at all, also across a power cut; raises OSError."""
+def try_lock(file) -> bool:
+    """Lock an open file or descriptor until it is closed, also by a kill; False if another has it.
+
+    Where there are no such locks (Windows, some cluster file systems) nothing is held.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write `path` whole or not at all, also across a power cut; raises OSError.
+
+    What `path` held becomes `previous`, if that is given, once the new content is on the disk.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename is on disk once the directory is
+    if os.name == "posix":  # the renames are on disk once the directory is
         directory = os.open(path.parent, os.O_RDONLY)
         with contextlib.suppress(OSError):  # which some network file systems cannot do
             os.fsync(directory)
         os.close(directory)
 
 
-def save_tensors(path: Path, content: dict) -> None:
+def save_tensors(path: Path, content: dict, previous: Path | None = None) -> None:
     """Write a dict of tensors, numbers, strings and dicts for `load_tensors`; raises OSError."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getbuffer(), previous)
 
 
-def load_tensors(path: Path) -> dict:
+def load_tensors(path: Path | str) -> dict:
     """Read a .pt or .pth file onto the CPU without executing anything that it holds.
 
-    Raises UserError if it is missing, damaged, or asks for more than tensors and plain containers.
+    Raises UserError if it is missing or unreadable, and DamagedFile if a checksum is wrong or it
+    holds anything but tensors and plain containers.
     """
+    try:
+        with open(path, "rb") as file:
+            return _load_dict(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from error
+    except ValueError as error:
+        raise DamagedFile(f"{path}: {error}") from error
+
+
+def _load_dict(file) -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+            is_zip = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            if is_zip:
+                _check_zip(file)
+            else:  # the format before PyTorch 1.6: five pickles, then the numbers
+                for _ in range(5):
+                    check_pickle(file, TENSOR_GLOBALS)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
-        if "GLOBAL" in str(error):
-            reason = "refused, for it holds more than tensors and might execute code"
-        else:
-            reason = f"not a PyTorch file, or a damaged one ({type(error).__name__}); get it again"
-        raise UserError(f"{path}: {reason}") from error
+        reason = str(error)
+        if not isinstance(error, Refused):
+            reason = f"not a PyTorch file, or a damaged one ({type(error).__name__})"
+        raise ValueError(reason) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+        raise ValueError(f"holds a {type(content).__name__}, not a dict of tensors")
     return content
+
+
+def _check_zip(file) -> None:
+    """Verify the checksums, which torch.load does not, before it inflates or believes anything."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile("compressed, which torch.save never does")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
+        for name in archive.namelist():
+            if name.endswith(".pkl"):
+                check_pickle(io.BytesIO(archive.read(name)), TENSOR_GLOBALS)
+
+
+class Refused(pickle.UnpicklingError):
+    """A pickle asks for what no file of ours needs."""
+
+
+def check_pickle(file, allowed: re.Pattern) -> None:
+    """Read through one pickle, before anything is built from it, up to its end.
+
+    Unpicklers believe what they read: each byte can cost them an empty list, a memo index of 2^31
+    costs 32 GB, and the hash of tuples nested a million deep overflows the stack. `allowed` matches
+    "module name" of what may be called. Raises Refused, or ValueError if it is no pickle.
+    """
+    tuples = 0
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        tuples += "TUPLE" in opcode.name
+        if opcode.name == "GLOBAL" and not allowed.fullmatch(argument):
+            raise Refused(f"refused, for it asks for {argument.replace(' ', '.')}")
+        index = int(argument) if "PUT" in opcode.name else 0
+        if tuples > MOST_TUPLES or max(count, index) > MOST_OPCODES:
+            raise Refused("refused, for it counts or nests further than any file of ours")
 
 
 class Metrics(NamedTuple):
@@ -299,13 +422,16 @@ class Run:
     sides of the training images, epoch by epoch, in pixels; they serve to estimate the time left.
     """
 
-    def __init__(self, args, runtime: Runtime, dataset: str, steps_per_epoch: int,
+    def __init__(self, args, runtime: Runtime, dataset, steps_per_epoch: int,
                  total_steps: int, sizes: list[int], parts: dict):
         self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        self.settings["precision"] = PRECISIONS[runtime.dtype]
+        self.settings["compile"] = runtime.compile
         self.script = Path(sys.argv[0]).stem
         self.output_dir = args.output_dir
         self.runtime = runtime
-        self.dataset = dataset
+        self.dataset = dataset.name
+        self.checksum = dataset.checksum()
         self.parts = parts
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
@@ -319,36 +445,44 @@ class Run:
         self.history: list[dict] = []
         # Over the current epoch: loss, correct, images; and the step of the first bad loss.
         self.sums = torch.zeros(3, device=runtime.device)
+        self.unsaved = False  # the last save failed
         self.first_bad = torch.full((), math.inf, device=runtime.device)
         self.stop_signal = ""
-        self._clock = time.perf_counter()
+        self.lock: int | None = None  # a descriptor of the output directory
+        # For --max-minutes: seconds at most so far, and whether this process has come any further.
+        self.step_seconds, self.save_seconds, self.progressed = 0.0, FIRST_SAVE, False
+        self._clock = self._saved = time.monotonic()
 
     def start(self) -> None:
         """Go on from the checkpoint if `--resume` finds one, else begin; catch stop signals."""
-        for name in ("SIGINT", "SIGTERM", "SIGUSR2"):
+        for name in STOP_SIGNALS:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._on_signal)
-        checkpoint = self.output_dir / "checkpoint.pt"
-        if self.settings["resume"] and checkpoint.exists():
-            self._restore(checkpoint)
-            log.info(f"resume     after {self.epoch} epochs and {self.step} steps ({checkpoint})")
-        else:
-            self._begin()
-        self._clock = time.perf_counter()
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if os.name == "posix":
+                self.lock = os.open(self.output_dir, os.O_RDONLY)
+                if not try_lock(self.lock):
+                    raise UserError(f"{self.output_dir}: another process is at work on this run")
+            found = [self.output_dir / name for name in CHECKPOINTS]
+            found = [path for path in found if path.exists()]
+            if self.settings["resume"] and found:
+                self._resume(found)
+            else:
+                self._begin()
+        except OSError as error:
+            raise UserError(f"{self.output_dir}: cannot be written ({error}); name another place "
+                            "with --output-dir, or make room") from error
+        self._clock = self._saved = time.monotonic()
 
     def _begin(self) -> None:
         config = {"script": self.script, "dataset": self.dataset, "settings": self.settings,
                   "torch": str(torch.__version__), "runtime": str(self.runtime),
                   "command": shlex.join(sys.argv)}
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            for name in RUN_FILES:
-                (self.output_dir / name).unlink(missing_ok=True)
-            content = json.dumps(config, indent=2) + "\n"
-            write_atomically(self.output_dir / "config.json", content.encode())
-        except OSError as error:
-            raise UserError(f"{self.output_dir}: cannot be written ({error}); name another place "
-                            "with --output-dir") from error
+        for name in RUN_FILES:
+            (self.output_dir / name).unlink(missing_ok=True)
+        content = json.dumps(config, indent=2) + "\n"
+        write_atomically(self.output_dir / "config.json", content.encode())
 
     def _on_signal(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self.stop_signal == "SIGINT":
@@ -356,17 +490,47 @@ class Run:
         self.stop_signal = signal.Signals(number).name
 
     def watch(self, batches: Iterable, what: str, start: int, end: int) -> Iterator:
-        """Pass on batches `start` to `end` under a progress bar; save and stop when asked to."""
+        """Pass on batches `start` to `end` under a progress bar; save and stop when it is time."""
         bar = tqdm(itertools.islice(batches, end - start), f"epoch {self.epoch + 1} {what}",
                    initial=start, total=end, leave=False, disable=None, unit="batch")
-        for batch in bar:
-            if self.stop_signal:
-                bar.close()
-                self.save()
-                where = f"in epoch {self.epoch + 1} after {self.step} steps"
-                raise UserError(f"{self.stop_signal}: stopped {where}; go on by the same command "
-                                "and --resume", STOPPED)
-            yield batch
+        with bar:
+            for batch in bar:
+                began = time.monotonic()
+                self._stop_or_save(began)
+                yield batch
+                self.progressed |= what == "train"
+                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
+
+    def _stop_or_save(self, now: float) -> None:
+        reason = self.stop_signal or self._out_of_time(now)
+        if reason:
+            self._stop(reason)
+        if now - self._saved > 60 * self.settings["checkpoint_minutes"]:
+            self._save_or_warn()
+
+    def _out_of_time(self, now: float) -> str:
+        """Return a reason to stop if --max-minutes leaves no time for a step and a slow save.
+
+        One step, or one evaluation, is done at each start: a chain of jobs always comes to an end.
+        """
+        minutes = self.settings["max_minutes"]
+        if not minutes or not self.progressed:
+            return ""
+        left = 60 * minutes - (now - STARTED)
+        short = left < self.step_seconds + 2 * self.save_seconds
+        return f"--max-minutes {minutes:g}" if short else ""
+
+    def _stop(self, reason: str) -> None:
+        where = f"{reason}: stopped in epoch {self.epoch + 1} after {self.step} steps"
+        newest = self.output_dir / CHECKPOINTS[0]
+        try:
+            self.save()
+        except OSError as error:
+            raise UserError(f"{where}, but not saved ({error}); make room, and the same command "
+                            f"with --resume goes on from what {newest} holds, if it is there",
+                            1) from error
+        raise UserError(f"{where}, saved in {newest}; the same command with --resume goes on",
+                        STOPPED)
 
     def check_finite(self) -> None:
         """Raise UserError if a loss of this epoch was NaN or infinite."""
@@ -377,7 +541,7 @@ class Run:
 
     def tick(self) -> float:
         """Add the time since the last call to the current epoch's, and return that in seconds."""
-        now = time.perf_counter()
+        now = time.monotonic()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         return self.seconds
 
@@ -399,43 +563,62 @@ class Run:
         row |= {"images_per_second": trained / self.train_seconds, "seconds": self.seconds,
                 "eta_seconds": self.seconds * left}
         self.history.append(row)
-        log.info(epoch_line(row))
         self.step, self.seconds, self.train_seconds = 0, 0.0, 0.0
         self.sums.zero_()
-        try:
-            self.save()
-        except OSError as error:
-            log.info(f"warning    not saved ({error}); trying again at the end of the next epoch")
+        self.progressed = True
+        self._save_or_warn()
+        log.info(epoch_line(row))  # once saved, or a killed run would print it again
 
     def finish(self, bar: float) -> None:
         """Write model.pt and print the last lines; `bar` is the course's test accuracy, in %."""
         weights = self.parts["model"].state_dict()
-        save_tensors(self.output_dir / "model.pt", {k: v.cpu() for k, v in weights.items()})
-        self._write_metrics()  # a kill can have come between the checkpoint and its table
+        try:
+            self._write_tables()  # a kill can have come between the checkpoint and its tables
+            save_tensors(self.output_dir / "model.pt", {k: v.cpu() for k, v in weights.items()})
+            if self.unsaved:
+                self.save()
+        except OSError as error:
+            raise UserError(f"{self.output_dir}: not all is written ({error}); make room, and "
+                            "the same command with --resume does what is left", 1) from error
+        log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
+        log.info(f"files      {', '.join(RUN_FILES)} in {self.output_dir}")
         accuracy = 100 * self.history[-1]["test_acc"]
         if self.dataset == "cifar100":
             verdict = f"the course's bar of {bar:.0f}% is {'met' if accuracy >= bar else 'not met'}"
         else:
             verdict = f"on {self.dataset} images, so the course's bar does not apply"
         log.info(f"final test accuracy {accuracy:.2f}% ({verdict})")
-        log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
-        log.info(f"files      {', '.join(RUN_FILES)} in {self.output_dir}")
 
     def save(self) -> None:
-        """Write checkpoint.pt and metrics.csv; raises OSError, and then the old ones are left."""
+        """Write checkpoint.pt and the tables; raises OSError, and then the old ones are left."""
+        began = time.monotonic()
         self.tick()
         self.check_finite()
-        save_tensors(self.output_dir / "checkpoint.pt", self.state_dict())
-        self._write_metrics()
+        newest, previous = (self.output_dir / name for name in CHECKPOINTS)
+        self._saved, self.unsaved = began, True
+        save_tensors(newest, self.state_dict(), previous)
+        self._write_tables()
+        self.unsaved = False
+        self._saved = time.monotonic()
+        self.save_seconds = max(self.save_seconds, self._saved - began)
 
-    def _write_metrics(self) -> None:
-        if self.history:
+    def _save_or_warn(self) -> None:
+        try:
+            self.save()
+        except OSError as error:
+            log.info(f"warning    not saved ({error}); training goes on, the next save tries again")
+
+    def _write_tables(self) -> None:
+        for name, of_time in (("metrics.csv", False), ("times.csv", True)):
+            if not self.history:
+                continue
+            columns = [k for k in self.history[0] if k == "epoch" or (k in TIMES) == of_time]
             table = io.StringIO()
-            writer = csv.DictWriter(table, self.history[0], lineterminator="\n")
+            writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
                              for row in self.history)
-            write_atomically(self.output_dir / "metrics.csv", table.getvalue().encode())
+            write_atomically(self.output_dir / name, table.getvalue().encode())
 
     def state_dict(self) -> dict:
         """Return all that a continuation needs: tensors, numbers, strings, lists and dicts."""
@@ -444,7 +627,8 @@ class Run:
             "script": self.script,
             "settings": self.settings,
             "torch": str(torch.__version__),
-            "total_steps": self.total_steps,
+            "runtime": str(self.runtime),
+            "data": self.checksum,
             "position": {name: getattr(self, name) for name in POSITION},
             "sums": self.sums,
             "cpu_rng": torch.get_rng_state(),
@@ -452,12 +636,31 @@ class Run:
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
 
+    def _resume(self, paths: list[Path]) -> None:
+        """Go on from the first of `paths` that is whole; raises UserError if none is."""
+        damaged = []
+        for path in paths:
+            try:
+                self._restore(path)
+            except DamagedFile as error:
+                damaged.append(str(error))
+                continue
+            for line in damaged:
+                log.info(f"warning    {line}; the checkpoint before it is used")
+            if path.name != CHECKPOINTS[0]:  # or the next save would put a damaged one in its place
+                os.replace(path, self.output_dir / CHECKPOINTS[0])
+            self._write_tables()
+            last = f" (test acc {self.history[-1]['test_acc']:.2%})" if self.history else ""
+            log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
+            return
+        raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
+
     def _restore(self, path: Path) -> None:
         state = load_tensors(path)
         try:
             self._check_settings(path, state["script"], state["settings"])
-            if state["total_steps"] != self.total_steps:
-                raise UserError(f"{path}: of a run on a data set of another size")
+            if state["data"] != self.checksum:
+                raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             for name in POSITION:
@@ -466,8 +669,14 @@ class Run:
             torch.set_rng_state(state["cpu_rng"])
             if state["cuda_rng"] is not None and self.runtime.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"], self.runtime.device)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path}: not a whole checkpoint of this script ({error})") from error
+            before = f"{state['runtime']}, torch {state['torch']}"
+        except UserError:
+            raise
+        except Exception as error:  # what is not a checkpoint can raise anything
+            reason = f"not a whole checkpoint of this script ({' '.join(str(error).split())[:200]})"
+            raise DamagedFile(f"{path}: {reason}") from error
+        if before != f"{self.runtime}, torch {torch.__version__}":
+            log.info(f"note       {path} comes from {before}: the rest may differ in rounding")
 
     def _check_settings(self, path: Path, script: str, settings: dict) -> None:
         if script != self.script:

@@ -1,18 +1,16 @@
-"""What several tests need: small CIFAR-100s in every format, the scripts, and the shared data."""
+"""What several tests need: small CIFAR-100s in every format, and the shared data."""
 
 import pickle
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import ROOT
 
 import utils
 
-ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 NAMES = [f"name_{label}" for label in range(100)]
 
@@ -89,7 +87,11 @@ def pack(directory: Path, archive: Path) -> Path:
     return archive
 
 
-def script(name: str, *flags, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script of the project as a user does, and return its outcome with text output."""
-    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return what the files of a directory hold, by name."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def pytest_addoption(parser):
+    """Add --kills."""
+    parser.addoption("--kills", type=int, default=26, help="SIGKILLs of the fault-injection test")

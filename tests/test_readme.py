@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT, script
+from processes import ROOT, script
 
 README = (ROOT / "README.md").read_text()
 
