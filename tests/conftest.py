@@ -92,6 +92,19 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def equal(one, two) -> bool:
+    """Return whether two states are the same, tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        same = isinstance(two, dict) and list(one) == list(two)
+        return same and all(equal(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        same = type(one) is type(two) and len(one) == len(two)
+        return same and all(map(equal, one, two))
+    return type(one) is type(two) and one == two
+
+
 def pytest_addoption(parser):
     """Add --kills."""
     parser.addoption("--kills", type=int, default=26, help="SIGKILLs of the fault-injection test")

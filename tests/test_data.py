@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import io
 import os
 import pickle
 import subprocess
@@ -134,7 +133,8 @@ def test_a_full_split_must_be_balanced(tmp_path):
 @pytest.mark.parametrize("fault, says", [
     ("truncated", "not a whole tar archive"), ("text", "not a whole tar archive"),
     ("without test", "lacks test"), ("other pickle", "not a pickle of CIFAR-100"),
-    ("torn record", "whole number of 3074-byte records"), ("other HDF5", "the course's keys"),
+    ("torn record", "whole number of 3074-byte records"), ("too large", "larger than any file"),
+    ("other HDF5", "the course's keys"),
 ])
 def test_damaged_files_are_named(tmp_path, arrays, fault, says):
     directory = write_python(tmp_path / "cifar-100-python", arrays)
@@ -155,6 +155,8 @@ def test_damaged_files_are_named(tmp_path, arrays, fault, says):
         data_dir = directory
         if fault == "without test":
             (directory / "test").unlink()
+        elif fault == "too large":
+            os.truncate(directory / "test", 2**40)
         else:
             (directory / "test").write_bytes(pickle.dumps([1, 2, 3]))
     with pytest.raises(UserError, match=says) as caught:
@@ -167,32 +169,6 @@ def test_hdf5_without_h5py_names_the_package(tmp_path, arrays, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(UserError, match="pip install h5py"):
         data.load("cifar100", tmp_path)
-
-
-class Call:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("hostile", [
-    Call(os.system, "touch {pwned}"),
-    Call(eval, "open('{pwned}', 'w')"),
-    Call(getattr, Call(__import__, "os"), "system"),
-    np.array([Call(os.system, "touch {pwned}")], dtype=object),
-    {"data": Call(io.open, "{pwned}", "w")},
-], ids=["os.system", "eval", "getattr", "object array", "nested"])
-def test_a_pickle_cannot_call_anything(tmp_path, arrays, hostile):
-    directory = write_python(tmp_path / "cifar-100-python", arrays)
-    pwned = tmp_path / "pwned"
-    # Protocol 0 stores no lengths, so the path can stand in for its name.
-    content = pickle.dumps(hostile, 0).replace(b"{pwned}", str(pwned).encode())
-    (directory / "train").write_bytes(content)
-    with pytest.raises(UserError, match="refused, for it"):
-        data.load("cifar100", tmp_path, download=False)
-    assert not pwned.exists()
 
 
 @pytest.mark.parametrize("dtype", ["O", "f8", "i4"])

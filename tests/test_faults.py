@@ -4,13 +4,18 @@ import functools
 import itertools
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import stat
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import contents, write_binary
+from conftest import contents, equal, write_binary
 from processes import call, script
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -136,3 +141,212 @@ def test_a_run_killed_at_any_moment_ends_the_same(whole, name, tmp_path, pytestc
         run.assert_same_end(process, output_dir)
         runs += 1
     print(f"{name}: {sum(kills.values())} kills in {runs} runs, which ended the same: {kills}")
+
+
+@pytest.mark.parametrize("name, number, batch, where", [
+    ("train_resnet", signal.SIGTERM, 5, "epoch 1 after 5 steps"),
+    ("train_resnet", signal.SIGUSR2, 10, "epoch 1 after 10 steps"),  # and no evaluation
+    ("train_resnet", signal.SIGINT, 13, "epoch 2 after 2 steps"),
+    ("finetune_resnet18", signal.SIGTERM, 10, "epoch 1 after 10 steps"),
+    ("finetune_resnet18", signal.SIGUSR2, 13, "epoch 2 after 2 steps"),
+    ("finetune_resnet18", signal.SIGINT, 5, "epoch 1 after 5 steps"),
+])
+def test_a_signal_stops_the_run_and_resume_ends_the_same(
+    whole, tmp_path, name, number, batch, where
+):
+    run, action = whole[name], functools.partial(signal.raise_signal, number)
+    stopped = run.script(tmp_path, before=functools.partial(at_batch, batch, action))
+    assert stopped.returncode == utils.STOPPED == 75
+    assert stopped.stderr == (
+        f"{name}.py: {number.name}: stopped in {where}, saved in {tmp_path}/checkpoint.pt; "
+        "the same command with --resume goes on\n"
+    )
+    run.assert_same_end(run.script(tmp_path), tmp_path)
+
+
+def interrupt_twice() -> None:
+    """What impatient people do."""
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_interrupt_ends_at_once(whole, tmp_path):
+    before = functools.partial(at_batch, 5, interrupt_twice)
+    stopped = whole["train_resnet"].script(tmp_path, before=before)
+    assert (stopped.returncode, stopped.stderr) == (130, "train_resnet.py: interrupted\n")
+    assert set(contents(tmp_path)) == {"config.json"}
+
+
+@both
+def test_a_chain_of_short_jobs_ends_the_same(tmp_path, data_dir, name):
+    """--max-minutes lets each job do one step or one evaluation: here four, and two."""
+    run = Whole(name, tmp_path / "whole", data_dir, "--epochs", 2, "--batch-size", 100)
+    says = rf"{name}.py: --max-minutes 0.001: stopped in epoch \d after \d steps, saved in .*\n"
+    for _ in range(5):
+        job = run.script(tmp_path / "chain", "--max-minutes", 0.001)
+        assert job.returncode == utils.STOPPED and re.fullmatch(says, job.stderr)
+    job = run.script(tmp_path / "chain", "--max-minutes", 0.001)
+    run.assert_same_end(job, tmp_path / "chain")
+
+
+def limit_files(megabytes: int) -> None:
+    """Have every write beyond a size fail in this process, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes * 2**20, megabytes * 2**20))
+
+
+@both
+def test_a_disk_full_from_the_start_is_one_line(whole, name, tmp_path):
+    run, before = whole[name], functools.partial(limit_files, 1)
+    process = run.script(tmp_path, before=before)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert re.search("not all is written .*make room, and the same command with", process.stderr)
+    warning = "warning    not saved ([Errno 27] File too large); training goes on, the next save"
+    assert process.stdout.count(warning) == 2, "at the end of each epoch"
+    assert set(contents(tmp_path)) <= {"config.json", "metrics.csv", "times.csv"}
+    run.assert_same_end(run.script(tmp_path), tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 70 MB: room for two checkpoints of part 1, but not for a third."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", str(disk)]
+    if os.name != "posix" or os.geteuid() != 0 or subprocess.run(mount).returncode:
+        pytest.skip("needs to be root and allowed to mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(whole, small_disk):
+    run, output_dir = whole["train_resnet"], small_disk / "run"
+    process = run.script(output_dir, *EVERY_STEP)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert "warning    not saved ([Errno 28] No space left on device)" in process.stdout
+    assert utils.load_tensors(output_dir / "checkpoint.pt")["position"]["step"] == 2
+    subprocess.run(["mount", "-o", "remount,size=300m", str(small_disk)], check=True)
+    run.assert_same_end(run.script(output_dir), output_dir)
+
+
+def move_at_batches(path: Path, leave: int, come_back: int) -> None:
+    """Take the directory away after one batch, and put it back after another."""
+    away = path.with_name("away")
+    at_batch(leave, functools.partial(os.rename, path, away))
+    at_batch(come_back, functools.partial(os.rename, away, path))
+
+
+@pytest.mark.parametrize("come_back", [13, 99])
+def test_an_output_directory_that_vanishes_does_not_stop_the_training(whole, tmp_path, come_back):
+    run, output_dir = whole["train_resnet"], tmp_path / "run"
+    before = functools.partial(move_at_batches, output_dir, 5, come_back)
+    process = run.script(output_dir, before=before)
+    assert process.stdout.count("warning    not saved ([Errno 2] No such file") >= 1
+    if come_back == 13:  # which is in the second epoch
+        return run.assert_same_end(process, output_dir)
+    assert (process.returncode, process.stderr.count("\n")) == (1, 1)
+    assert f"{output_dir}: not all is written" in process.stderr
+    assert not output_dir.exists() and set(contents(tmp_path / "away")) == {"config.json"}
+
+
+@pytest.fixture(scope="module")
+def stopped(whole, tmp_path_factory):
+    """Part 1, stopped in its second epoch: it has a checkpoint, and the one before."""
+    output_dir = tmp_path_factory.mktemp("stopped")
+    action = functools.partial(signal.raise_signal, signal.SIGTERM)
+    run = whole["train_resnet"]
+    assert run.script(output_dir, before=functools.partial(at_batch, 13, action)).returncode == 75
+    return output_dir
+
+
+@pytest.mark.parametrize("percent", range(0, 100, 5))
+def test_a_truncated_checkpoint_is_never_believed(stopped, tmp_path, percent):
+    content = (stopped / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) * percent // 100])
+    with pytest.raises(utils.DamagedFile, match=r"not a PyTorch file, or a damaged"):
+        utils.load_tensors(tmp_path / "checkpoint.pt")
+
+
+def test_a_checkpoint_with_flipped_bytes_is_never_believed(stopped, tmp_path):
+    """Flips of what means nothing, such as a time in the zip headers, may load equal."""
+    content, rng = (stopped / "checkpoint.pt").read_bytes(), random.Random(0)
+    original = utils.load_tensors(stopped / "checkpoint.pt")
+    for _ in range(100):
+        changed = bytearray(content)
+        for _ in range(rng.choice([1, 1, 2, 10])):
+            # Every second flip is in the last hundredth, where the zip directory is.
+            near_end = rng.random() < 0.5
+            position = rng.randrange(len(content) * 99 // 100 if near_end else 0, len(content))
+            changed[position] ^= rng.randrange(1, 256)
+        (tmp_path / "checkpoint.pt").write_bytes(changed)
+        try:
+            assert equal(utils.load_tensors(tmp_path / "checkpoint.pt"), original)
+        except utils.DamagedFile as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "missing"])
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
+    whole, stopped, tmp_path, damage
+):
+    output_dir = shutil.copytree(stopped, tmp_path / "run")
+    newest = output_dir / "checkpoint.pt"
+    spoil(newest, damage)
+    process = whole["train_resnet"].script(output_dir)
+    if damage != "missing":
+        assert re.search(r"warning .*checkpoint\.pt: .*; the checkpoint before it is used",
+                         process.stdout)
+    assert re.search(r"resume     after 1 epochs .* and 0 steps \(.*previous\.pt\)", process.stdout)
+    whole["train_resnet"].assert_same_end(process, output_dir)
+
+
+def spoil(path: Path, damage: str) -> None:
+    """Damage a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"truncated": content[: len(content) // 2], "flipped": content,
+                      "text": b"hello", "missing": b""}[damage])
+    if damage == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "another dict", "part 2's"])
+def test_without_a_whole_checkpoint_nothing_starts(whole, stopped, tmp_path, damage):
+    output_dir = shutil.copytree(stopped, tmp_path / "run")
+    for name in utils.CHECKPOINTS:
+        if damage == "another dict":
+            torch.save({"script": "train_resnet"}, output_dir / name)
+        elif damage == "part 2's":
+            (output_dir / name).write_bytes(whole["finetune_resnet18"].files["checkpoint.pt"])
+        else:
+            spoil(output_dir / name, damage)
+    before = contents(output_dir)
+    process = whole["train_resnet"].script(output_dir)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    assert str(output_dir / "checkpoint.pt") in process.stderr
+    assert contents(output_dir) == before
+    remedy = "another --output-dir" if damage == "part 2's" else "--overwrite starts again"
+    assert remedy in process.stderr
+
+
+def test_other_settings_or_images_are_refused_by_name(whole, stopped, tmp_path, arrays):
+    run, before = whole["train_resnet"], contents(stopped)
+    process = run.script(stopped, "--lr", 0.2, "--seed", 5)
+    assert process.returncode == 2
+    assert "--lr 0.2 (was 0.1), --seed 5 (was 0)" in process.stderr
+    images, labels = arrays["train"]
+    write_binary(tmp_path / "other", {**arrays, "train": (images[::-1], labels)})
+    process = run.script(stopped, "--data-dir", tmp_path / "other")
+    assert process.returncode == 2
+    assert re.search(r"of a run on other images; --data-dir must hold the same\n", process.stderr)
+    assert contents(stopped) == before
+
+
+def hold(path: Path) -> None:
+    """Lock the directory, as another process at work on it does."""
+    assert utils.try_lock(os.open(path, os.O_RDONLY))
+
+
+def test_two_processes_cannot_work_on_one_run(whole, stopped):
+    process = whole["train_resnet"].script(stopped, before=functools.partial(hold, stopped))
+    assert process.returncode == 2
+    assert process.stderr.endswith("another process is at work on this run\n")

@@ -189,6 +189,10 @@ def test_a_run_whose_last_step_diverges_is_not_saved(tmp_path):
     (["--dataset", "cifar100", "--data-dir", "nowhere", "--no-download"], "Three ways out"),
     (["--dataset", "cifar100", "--data-dir", "gone.tar.gz"], "gone.tar.gz: no such file"),
     (["--output-dir", "file"], "is a file"),
+    (["--output-dir", "file/below"], "file/below: cannot be written"),
+    (["--output-dir", "/proc/none"], "/proc/none: cannot be written"),
+    (["--max-minutes", "0"], "--max-minutes: 0 is not within"),
+    (["--data-dir", "file", "--dataset", "cifar100"], "file: not an HDF5 file, and not a whole"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, flags, says):
     (tmp_path / "file").write_text("")

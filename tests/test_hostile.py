@@ -1,0 +1,319 @@
+"""Whatever stands in a data or weight file: it loads equal, or is refused in one line.
+
+Nothing of it is executed, nothing is written, and memory stays below 1 GB.
+"""
+
+import gzip
+import io
+import os
+import pickle
+import resource
+import struct
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import equal, pack, write_binary, write_hdf5, write_python
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from processes import call
+
+import data
+import utils
+
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["overwrite", "insert", "delete", "cut", "repeat"]),
+        st.floats(0, 1, exclude_max=True),  # where, as a part of the length
+        st.binary(min_size=1, max_size=8),
+    ),
+    min_size=1, max_size=3,
+)
+
+
+def edited(content: bytes, edits: list) -> bytes:
+    """Return a damaged copy of a file's content."""
+    for kind, where, replacement in edits:
+        at, length = int(where * len(content)), len(replacement)
+        head, tail = content[:at], content[at:]
+        content = {
+            "overwrite": head + replacement + tail[length:],
+            "insert": head + replacement + tail,
+            "delete": head + tail[length:],
+            "cut": head,
+            "repeat": head + tail[: 16 * length] + tail,
+        }[kind]
+    return content
+
+
+def fuzz(count: int):
+    """Run a test on `count` lists of edits, the same ones every time."""
+    def decorate(test):
+        checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+        return settings(max_examples=count, derandomize=True, deadline=None, database=None,
+                        suppress_health_check=checks)(given(EDITS)(test))
+
+    return decorate
+
+
+@pytest.fixture(scope="module")
+def few(arrays):
+    """Four images to train and two to test, so that much of a file is structure."""
+    return {split: (images[:count], labels[:count])
+            for count, (split, (images, labels)) in zip((4, 2), arrays.items(), strict=True)}
+
+
+def read_or_refuse(path) -> data.Dataset | None:
+    """Return what `data.read` does, None for an error of one line; anything else is a failure."""
+    try:
+        return data.load("cifar100", path, download=False)
+    except utils.UserError as error:
+        assert "\n" not in utils.explain(error)[0] and str(path) in str(error)
+        return None
+
+
+def differing(dataset: data.Dataset, arrays: dict) -> int:
+    """Return how many pixels and labels are not those of `arrays`."""
+    count = 0
+    for split, part in (("train", dataset.train), ("test", dataset.test)):
+        for ours, theirs in zip(arrays[split], part, strict=True):
+            assert ours.shape == theirs.shape
+            count += int((ours != theirs.numpy()).sum())
+    return count
+
+
+DATA_FILES = {  # what is written, and which of its files is damaged; None: the one there is
+    "pickle train": (write_python, "train"), "pickle test": (write_python, "test"),
+    "pickle meta": (write_python, "meta"), "binary train.bin": (write_binary, "train.bin"),
+    "binary names": (write_binary, "fine_label_names.txt"), "HDF5": (write_hdf5, None),
+    "python archive": (write_python, "archive"), "binary archive": (write_binary, "archive"),
+}
+
+
+@pytest.mark.parametrize("kind", DATA_FILES)
+def test_damaged_data_load_equal_or_are_refused_in_one_line(tmp_path, few, kind):
+    """Archives have a checksum. In the other formats, what is overwritten changes and no more."""
+    write, file = DATA_FILES[kind]
+    path = write(tmp_path / "written", few)
+    path = pack(path, tmp_path / "mine.tar.gz") if file == "archive" else path
+    target = path if file in (None, "archive") else path / file
+    original = target.read_bytes()
+    counts = {"equal": 0, "changed": 0, "refused": 0}
+
+    @fuzz(300)
+    def check(edits):
+        target.write_bytes(edited(original, edits))
+        dataset = read_or_refuse(path)
+        if dataset is None:
+            counts["refused"] += 1
+        elif changed := differing(dataset, few):
+            assert file != "archive"
+            overwritten = sum(len(new) for kind, _, new in edits if kind == "overwrite")
+            assert changed <= overwritten or any(kind != "overwrite" for kind, *_ in edits)
+            counts["changed"] += 1
+        else:
+            counts["equal"] += 1
+
+    check()
+    print(f"{kind}: {counts}")
+    assert min(counts["refused"], counts["equal"] + counts["changed"]) > 0, "both were tried"
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+def test_damaged_weights_load_equal_or_are_refused_in_one_line(tmp_path, kind):
+    """The zip format has checksums; in that from before PyTorch 1.6 single numbers may change."""
+    state, path = {"weight": torch.arange(12.0).view(3, 4), "step": torch.tensor(7)}, tmp_path / "w"
+    torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    original, loaded = path.read_bytes(), []
+
+    @fuzz(400)
+    def check(edits):
+        path.write_bytes(edited(original, edits))
+        try:
+            content = utils.load_tensors(path)
+        except utils.DamagedFile as error:
+            assert "\n" not in utils.explain(error)[0] and str(path) in str(error)
+            return
+        assert equal(content, state) or kind == "legacy"
+        loaded.append(content)
+
+    check()
+    print(f"{kind}: {len(loaded)} of 400 load")
+    assert 0 < len(loaded) < 200
+
+
+class Call:
+    """Pickled, it asks the reader to call a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def calls(value) -> bytes:
+    """Return a pickle of protocol 0, which stores no lengths: PWNED in it can be replaced."""
+    return pickle.dumps(value, 0)
+
+
+def long_string(opcode: bytes, length: int, width: int) -> bytes:
+    """Return a pickle that announces a string of `length` bytes and holds three."""
+    return b"\x80\x04" + opcode + length.to_bytes(width, "little") + b"abc."
+
+
+ENCODE = b"c_codecs\nencode\n"
+PICKLES = {
+    "os.system": calls(Call(os.system, "touch PWNED")),
+    "eval": calls(Call(eval, "open('PWNED', 'w')")),
+    "exec in a dict": calls({"data": [{"x": Call(exec, "open('PWNED', 'w')")}]}),
+    "open": calls({"data": Call(io.open, "PWNED", "w")}),
+    "a chain": (
+        b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'system'\ntR(S'touch PWNED'\ntR."
+    ),
+    "object array": calls(np.array([Call(os.system, "touch PWNED")], dtype=object)),
+    "protocol 4": b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0btouch PWNED\x85R.",
+    "instance": b"(S'touch PWNED'\nios\nsystem\n.",
+    "object": b"(cos\nsystem\nS'touch PWNED'\no.",
+    "extension registry": b"\x80\x02\x82\x01.",
+    "a long string": long_string(b"B", 2**32 - 1, 4),
+    "a longer string": long_string(b"\x8e", 2**62, 8),
+    "a long number": long_string(b"\x8b", 2**31 - 1, 4),
+    "a long frame": long_string(b"\x95", 2**62, 8),
+    "a long bytearray": long_string(b"\x96", 2**40, 8),
+    "a far memo": b"\x80\x02]r\xff\xff\xff\x7f.",
+    "a far memo as text": b"]p2147483647\n.",
+    "bytearray of 8 GB": b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R.",
+    "16 million lists": b"\x80\x02(" + b"]" * 2**24 + b"l.",
+    "a million tuples in each other": b"\x80\x02}(K\x00" + b"\x85" * 10**6 + b"K\x01u.",
+    "lists in each other": b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
+    "one string encoded 10,000 times": (
+        b"\x80\x02(X" + (2**20).to_bytes(4, "little") + b"x" * 2**20 + b"q\x000"
+        + (ENCODE + b"h\x00U\x06latin1\x86R") * 10**4 + b"l."
+    ),
+    "no end": b"\x80\x02]",
+    "nothing": b"",
+}
+
+
+def zipped(content: bytes, kind: int = zipfile.ZIP_STORED) -> bytes:
+    """Return a weight file as torch.save lays it out, with this pickle in it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", b"3\n")
+        archive.writestr("archive/data/0", bytes(16))
+    return file.getvalue()
+
+
+def storage_of(numbers: int) -> bytes:
+    """Return the pickle of a dict of one tensor whose storage is said to hold `numbers` floats."""
+    storage = f"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nL{numbers}L\ntQ"
+    shape = f"I0\n(L{numbers}L\nt(I1\ntI00\nccollections\nOrderedDict\n(tR"
+    return f"(dS'w'\nctorch._utils\n_rebuild_tensor_v2\n({storage}{shape}tRs.".encode()
+
+
+def members(*infos: tuple) -> bytes:
+    """Return a .tar.gz of members (name, type, link target, size), filled with zeros."""
+    file = io.BytesIO()
+    with gzip.open(file, "wb", 1) as packed, tarfile.open(fileobj=packed, mode="w|") as archive:
+        for name, kind, target, size in infos:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, target, size
+            archive.addfile(member, Zeros())
+    return file.getvalue()
+
+
+class Zeros:
+    """A file that never ends."""
+
+    def read(self, count: int) -> bytes:
+        """Return `count` zeros."""
+        return bytes(count)
+
+
+FILE = tarfile.REGTYPE
+ARCHIVES = {
+    "../": lambda: members(("../../train", FILE, "", 99), ("/tmp/PWNED", FILE, "", 9)),
+    "symbolic links": lambda: members(*((n, tarfile.SYMTYPE, "/etc/passwd", 0) for n in FILES)),
+    "hard links": lambda: members(*((n, tarfile.LNKTYPE, "/etc/passwd", 0) for n in FILES)),
+    "links in a circle": lambda: members(
+        ("train", tarfile.SYMTYPE, "test", 0), ("test", tarfile.SYMTYPE, "train", 0)),
+    "devices": lambda: members(*((n, tarfile.CHRTYPE, "", 0) for n in FILES)),
+    "fifos": lambda: members(*((n, tarfile.FIFOTYPE, "", 0) for n in FILES)),
+    "a member of 1 GB": lambda: members(("train", FILE, "", 2**30)),
+    "100,000 members": lambda: members(*[("train", FILE, "", 0)] * 10**5),
+    "a header of 200 MB": lambda: members(("x", tarfile.XHDTYPE, "", 200 * 2**20)),
+    "a name of 200 MB": lambda: members(("x", tarfile.GNUTYPE_LONGNAME, "", 200 * 2**20)),
+    "1 GB of zeros": lambda: gzip.compress(bytes(2**30), 1),
+}
+FILES = data.PYTHON_FILES
+WEIGHTS = {
+    "compressed": lambda: zipped(bytes(2**30), zipfile.ZIP_DEFLATED),
+    "huge storage": lambda: zipped(storage_of(2**40)),
+    "large storage": lambda: zipped(storage_of(2**31)),
+    "negative storage": lambda: zipped(storage_of(-1)),
+    "huge storage, legacy": lambda: legacy(storage_of(2**40)),
+    "large storage, legacy": lambda: legacy(storage_of(2**31)),
+}
+
+
+def legacy(content: bytes) -> bytes:
+    """Return a weight file in the format from before PyTorch 1.6."""
+    heads = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}]
+    keys = struct.pack("<q", 2**31) + bytes(16)
+    return b"".join(pickle.dumps(h, 2) for h in heads) + content + pickle.dumps(["0"], 2) + keys
+
+
+def read_all(reads: list) -> None:
+    """Read files; print each error, and then the most memory of this process, in bytes."""
+    for read, path in reads:
+        try:
+            print(f"loaded: {str(read(path))[:99]}")
+        except utils.UserError as error:
+            print(f"refused: {utils.explain(error)[0]}")
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def assert_harmless(directory, *reads: tuple) -> None:
+    """Assert that all files are refused in a line each, within 1 GB, and nothing else happens."""
+    before = {file: file.stat().st_mtime for file in directory.rglob("*")}
+    process = call(read_all, reads, cwd=directory)
+    assert (process.returncode, process.stderr) == (0, "")
+    *lines, peak = process.stdout.splitlines()
+    lines = [line for line in lines if not line.startswith("note ")]
+    for line, (_, path) in zip(lines, reads, strict=True):
+        assert line.startswith(f"refused: {path}: "), line
+    assert int(peak) < 1e9, "bytes of memory, torch's own included"
+    assert {file: file.stat().st_mtime for file in directory.rglob("*")} == before
+    assert not os.path.exists("/tmp/PWNED")
+
+
+def load_data(path) -> data.Dataset:
+    """Read a data set as the scripts do."""
+    return data.load("cifar100", path, download=False)
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_hostile_pickles_are_refused(tmp_path, few, name):
+    """As data, and in both formats of weights."""
+    directory, legacy_file, zip_file = tmp_path / "python", tmp_path / "a.pth", tmp_path / "b.pth"
+    (write_python(directory, few) / "train").write_bytes(PICKLES[name])
+    legacy_file.write_bytes(legacy(PICKLES[name]))
+    zip_file.write_bytes(zipped(PICKLES[name]))
+    reads = [(utils.load_tensors, path) for path in (directory / "train", legacy_file, zip_file)]
+    assert_harmless(tmp_path, (load_data, directory), *reads)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_hostile_archives_are_refused(tmp_path, name):
+    (tmp_path / "mine.tar.gz").write_bytes(ARCHIVES[name]())
+    assert_harmless(tmp_path, (load_data, tmp_path / "mine.tar.gz"))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_hostile_weights_are_refused(tmp_path, name):
+    (tmp_path / "weights.pth").write_bytes(WEIGHTS[name]())
+    assert_harmless(tmp_path, (utils.load_tensors, tmp_path / "weights.pth"))
