@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import Refused, Runtime, UserError, check_pickle, epoch_seed, try_lock
+from utils import Refused, Runtime, UserError, check_pickle, epoch_seed, rank_0_first, try_lock
 
 log = logging.getLogger("cifar100")
 
@@ -94,11 +94,12 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     data_dir = Path(data_dir)
     if data_dir.suffix in (".gz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
         raise UserError(f"--data-dir {data_dir}: no such file")
-    path = find(data_dir)
-    if path is None:
-        if not download:
-            raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
-        path = fetch(url or URL, data_dir)
+    with rank_0_first():  # who downloads it, if need be
+        path = find(data_dir)
+        if path is None:
+            if not download:
+                raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
+            path = fetch(url or URL, data_dir)
     try:
         return read(path)
     except (OSError, MemoryError) as error:
@@ -493,6 +494,7 @@ class Batches:
         self.labels = split.labels.to(device)
         self.batch_size = batch_size
         self.memory_format = runtime.memory_format
+        self.rank, self.ranks = runtime.rank, runtime.ranks
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
         self.scale, self.shift = 1 / (255 * std), -mean / std
         self.channels = torch.arange(3, device=device).view(1, 3, 1, 1)
@@ -502,19 +504,26 @@ class Batches:
         return -(-len(self.labels) // self.batch_size)
 
     def in_order(self, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every image once, unchanged but for normalisation and size."""
-        for images, labels in zip(
-            self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
-        ):
-            yield self._finish(images, size), labels
+        """Yield every image once, unchanged but for normalisation and size.
+
+        Of several ranks each gets every so many batches; the last ones may be empty, so that all
+        get as many.
+        """
+        for start in range(self.rank, -(-len(self) // self.ranks) * self.ranks, self.ranks):
+            part = slice(start * self.batch_size, (start + 1) * self.batch_size)
+            yield self._finish(self.images[part], size), self.labels[part]
 
     def shuffled(
         self, seed: int, epoch: int, start: int = 0, size: int = 32
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield every image once, randomly cropped and flipped, from batch number `start` on.
 
         Order, crops and flips are a function of (seed, epoch) alone: all of an epoch's random
         numbers are drawn on the CPU at its beginning, the same on every device.
+
+        Of several ranks each gets its share of every batch, and with it the weight that makes the
+        mean over the ranks of weight x mean loss the mean over the batch. A share of no images is
+        one image of weight 0.
         """
         count = len(self.labels)
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
@@ -522,8 +531,12 @@ class Batches:
         offsets = torch.randint(2 * CROP_PADDING + 1, (2, count), generator=generator)
         flips = torch.randint(2, (count,), generator=generator)
         columns = torch.stack([order, *offsets - CROP_PADDING, flips]).to(self.images.device)
-        for chosen, down, right, flip in columns.split(self.batch_size, dim=1)[start:]:
-            yield self._finish(self._crop(chosen, down, right, flip), size), self.labels[chosen]
+        for batch in columns.split(self.batch_size, dim=1)[start:]:
+            share = batch.tensor_split(self.ranks, dim=1)[self.rank]
+            weight = share.shape[1] * self.ranks / batch.shape[1]
+            chosen, down, right, flip = share if weight else batch[:, :1]
+            images = self._crop(chosen, down, right, flip)
+            yield self._finish(images, size), self.labels[chosen], weight
 
     def _crop(self, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
         """Pick, reflect-pad, crop and flip (B,) images in one gather: uint8 (B, 3, 32, 32)."""

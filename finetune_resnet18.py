@@ -87,7 +87,7 @@ def main() -> None:
     run.start()
     while run.epoch < run.epochs:
         batches = train.shuffled(args.seed, run.epoch, run.step, args.image_size)
-        results = {"train": utils.train_one_epoch(run, batches, args.label_smoothing, args.seed)}
+        results = {"train": utils.train_one_epoch(run, batches, args.label_smoothing)}
         for name, split in held_out.items():
             watched = run.watch(split.in_order(args.image_size), name, 0, len(split))
             results[name] = utils.evaluate(model, watched, runtime)

@@ -77,7 +77,7 @@ def main() -> None:
     run.start()
     while run.epoch < run.epochs:
         batches = train.shuffled(args.seed, run.epoch, run.step, sizes[run.epoch])
-        results = {"train": utils.train_one_epoch(run, batches, args.label_smoothing, args.seed)}
+        results = {"train": utils.train_one_epoch(run, batches, args.label_smoothing)}
         for name, split in held_out.items():
             watched = run.watch(split.in_order(), name, 0, len(split))
             results[name] = utils.evaluate(model, watched, runtime)

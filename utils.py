@@ -33,8 +33,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 try:
@@ -44,10 +46,12 @@ except ImportError:  # Windows
 
 log = logging.getLogger("cifar100")
 
+RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
 STARTED = time.monotonic()  # seconds; of this process, as near as a module can tell
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
 FIRST_SAVE = 10  # seconds that a save is taken to last until one has been timed
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
+OUT_OF_TIME = 1000  # a reason to stop, beside the numbers of the signals
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")  # the newest, and the one before it
 RUN_FILES = ("config.json", "metrics.csv", "times.csv", *CHECKPOINTS, "model.pt")
 TIMES = ("images_per_second", "seconds", "eta_seconds")  # what two equal runs differ in
@@ -81,7 +85,7 @@ class DamagedFile(UserError):
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit with the status of what it raises, after one line on stderr."""
     log.addHandler(logging.StreamHandler(sys.stdout))  # it flushes after every line
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.WARNING if RANK else logging.INFO)
     logging.raiseExceptions = False  # a full disk under the log does not end the training
     for name in STOP_SIGNALS[1:]:
         if hasattr(signal, name):
@@ -92,6 +96,8 @@ def run_script(main: Callable[[], None]) -> None:
         message, status = explain(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
+        if RANK and isinstance(error, UserError):  # which rank 0 reports
+            message = ""
     _exit_with(message, status)
 
 
@@ -107,11 +113,17 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"cannot go on: {error}", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return f"another rank has ended ({' '.join(str(error).split())[:200]})", 1
     raise error
 
 
 def _exit_with(message: str, status: int) -> None:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if message:
+        rank = f" (rank {RANK})" if RANK else ""
+        print(f"{Path(sys.argv[0]).name}{rank}: {message}", file=sys.stderr)
+    if status == STOPPED and dist.is_torchelastic_launched():
+        status = 0  # torchrun would make a 1 and a page of text of any other
     sys.exit(status)
 
 
@@ -212,12 +224,14 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 
 class Runtime(NamedTuple):
-    """Where and how to compute."""
+    """Where and how to compute, and this process's `rank` among the `ranks` of torchrun."""
 
     device: torch.device
     dtype: torch.dtype  # of the autocast operations; float32 switches autocast off
     compile: bool
     memory_format: torch.memory_format
+    rank: int = 0
+    ranks: int = 1
 
     def autocast(self) -> torch.autocast:
         """Return the context manager for the forward pass and the loss."""
@@ -231,9 +245,32 @@ class Runtime(NamedTuple):
     def place(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, and compile it in place; its state_dict stays the same."""
         model.to(self.device, memory_format=self.memory_format)
+        if self.ranks > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; there is none for the CPU
         if self.compile:
             model.compile(dynamic=False)
         return model
+
+    def reduce(self, values: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+        """Return `values` reduced over the ranks, in float64 on the CPU; all ranks must call it."""
+        values = values.cpu().double()
+        if self.ranks > 1:
+            dist.all_reduce(values, operation)
+        return values
+
+    def gather(self, value) -> list:
+        """Return the `value` of each rank; all ranks must call it."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value):
+        """Return the `value` of rank 0, for which the others wait."""
+        values = [value]
+        if self.ranks > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def __str__(self) -> str:
         name = "CPU" if self.device.type == "cpu" else str(self.device)
@@ -241,6 +278,7 @@ class Runtime(NamedTuple):
             name += f" ({torch.cuda.get_device_name(self.device)})"
         elif self.device.type == "cpu":
             name += f", {torch.get_num_threads()} threads"
+        name = f"{self.ranks} x {name}" if self.ranks > 1 else name
         return f"{name}, {str(self.dtype).removeprefix('torch.')}" + ", compiled" * self.compile
 
 
@@ -248,6 +286,8 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
     """Return the runtime for these flags; raises UserError if the machine lacks the device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and dist.is_torchelastic_launched():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(device)
         torch.ones(1, device=device).sum().item()  # a chip too old for this PyTorch fails here
@@ -268,7 +308,31 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
     torch.backends.cudnn.benchmark = True
     plain = device.type == "cuda" and capability < (7, 0)
     memory_format = torch.contiguous_format if plain else torch.channels_last
-    return Runtime(device, dtype, compile_model, memory_format)
+    return Runtime(device, dtype, compile_model, memory_format, *join_ranks(device))
+
+
+def join_ranks(device: torch.device) -> tuple[int, int]:
+    """Join the other processes of torchrun; return (rank, ranks), which is (0, 1) without it."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif hasattr(os, "sched_getaffinity"):  # Linux; torchrun itself leaves one thread to each
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    # With gloo beside NCCL, what the hosts agree on does not wait for the devices.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Have the other ranks wait until rank 0 has done what is in the block."""
+    if dist.is_initialized() and RANK:
+        dist.broadcast_object_list([None])
+    yield
+    if dist.is_initialized() and not RANK:
+        dist.broadcast_object_list([None])
 
 
 def keep_freed_memory() -> None:
@@ -447,7 +511,10 @@ class Run:
         self.sums = torch.zeros(3, device=runtime.device)
         self.unsaved = False  # the last save failed
         self.first_bad = torch.full((), math.inf, device=runtime.device)
-        self.stop_signal = ""
+        self.stop_signal = 0
+        self.network = parts["model"]  # what a training step calls
+        if runtime.ranks > 1:
+            self.network = DistributedDataParallel(self.network)
         self.lock: int | None = None  # a descriptor of the output directory
         # For --max-minutes: seconds at most so far, and whether this process has come any further.
         self.step_seconds, self.save_seconds, self.progressed = 0.0, FIRST_SAVE, False
@@ -458,6 +525,13 @@ class Run:
         for name in STOP_SIGNALS:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._on_signal)
+        state = self.runtime.broadcast(None if self.runtime.rank else self._open())
+        if self.runtime.rank and state:
+            self._set_state(state)
+        self._clock = self._saved = time.monotonic()
+
+    def _open(self) -> dict | None:
+        """Take possession of the output directory; return the state to go on from, if any."""
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
@@ -467,13 +541,11 @@ class Run:
             found = [self.output_dir / name for name in CHECKPOINTS]
             found = [path for path in found if path.exists()]
             if self.settings["resume"] and found:
-                self._resume(found)
-            else:
-                self._begin()
+                return self._resume(found)
+            return self._begin()
         except OSError as error:
             raise UserError(f"{self.output_dir}: cannot be written ({error}); name another place "
                             "with --output-dir, or make room") from error
-        self._clock = self._saved = time.monotonic()
 
     def _begin(self) -> None:
         config = {"script": self.script, "dataset": self.dataset, "settings": self.settings,
@@ -485,14 +557,15 @@ class Run:
         write_atomically(self.output_dir / "config.json", content.encode())
 
     def _on_signal(self, number: int, _frame) -> None:
-        if number == signal.SIGINT and self.stop_signal == "SIGINT":
+        if number == signal.SIGINT == self.stop_signal:
             raise KeyboardInterrupt
-        self.stop_signal = signal.Signals(number).name
+        self.stop_signal = number
 
     def watch(self, batches: Iterable, what: str, start: int, end: int) -> Iterator:
         """Pass on batches `start` to `end` under a progress bar; save and stop when it is time."""
         bar = tqdm(itertools.islice(batches, end - start), f"epoch {self.epoch + 1} {what}",
-                   initial=start, total=end, leave=False, disable=None, unit="batch")
+                   initial=start, total=end, leave=False, unit="batch",
+                   disable=True if RANK else None)  # None: without a terminal
         with bar:
             for batch in bar:
                 began = time.monotonic()
@@ -502,23 +575,26 @@ class Run:
                 self.step_seconds = max(self.step_seconds, time.monotonic() - began)
 
     def _stop_or_save(self, now: float) -> None:
-        reason = self.stop_signal or self._out_of_time(now)
-        if reason:
-            self._stop(reason)
-        if now - self._saved > 60 * self.settings["checkpoint_minutes"]:
+        """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
+        reason = self.stop_signal or OUT_OF_TIME * self._out_of_time(now)
+        due = now - self._saved > 60 * self.settings["checkpoint_minutes"]
+        reason, due = self.runtime.reduce(torch.tensor([reason, due]), dist.ReduceOp.MAX).tolist()
+        if reason == OUT_OF_TIME:
+            self._stop(f"--max-minutes {self.settings['max_minutes']:g}")
+        elif reason:
+            self._stop(signal.Signals(int(reason)).name)
+        elif due:
             self._save_or_warn()
 
-    def _out_of_time(self, now: float) -> str:
-        """Return a reason to stop if --max-minutes leaves no time for a step and a slow save.
+    def _out_of_time(self, now: float) -> bool:
+        """Return whether --max-minutes leaves no time for one more step and a slow save.
 
         One step, or one evaluation, is done at each start: a chain of jobs always comes to an end.
         """
         minutes = self.settings["max_minutes"]
         if not minutes or not self.progressed:
-            return ""
-        left = 60 * minutes - (now - STARTED)
-        short = left < self.step_seconds + 2 * self.save_seconds
-        return f"--max-minutes {minutes:g}" if short else ""
+            return False
+        return 60 * minutes - (now - STARTED) < self.step_seconds + 2 * self.save_seconds
 
     def _stop(self, reason: str) -> None:
         where = f"{reason}: stopped in epoch {self.epoch + 1} after {self.step} steps"
@@ -532,9 +608,13 @@ class Run:
         raise UserError(f"{where}, saved in {newest}; the same command with --resume goes on",
                         STOPPED)
 
+    def rank_seed(self) -> int:
+        """Return what seeds the dropout of this epoch on this rank."""
+        return epoch_seed(self.settings["seed"], self.epoch) + self.runtime.rank
+
     def check_finite(self) -> None:
         """Raise UserError if a loss of this epoch was NaN or infinite."""
-        step = self.first_bad.item()
+        step = self.runtime.reduce(self.first_bad, dist.ReduceOp.MIN).item()
         if math.isfinite(step):
             raise UserError(f"the loss was not finite at step {int(step) + 1}; start again with "
                             "--overwrite and a lower --lr, or --precision fp32", DIVERGED)
@@ -573,9 +653,10 @@ class Run:
         """Write model.pt and print the last lines; `bar` is the course's test accuracy, in %."""
         weights = self.parts["model"].state_dict()
         try:
-            self._write_tables()  # a kill can have come between the checkpoint and its tables
-            save_tensors(self.output_dir / "model.pt", {k: v.cpu() for k, v in weights.items()})
-            if self.unsaved:
+            if self.runtime.rank == 0:
+                self._write_tables()  # a kill can have come between the checkpoint and its tables
+                save_tensors(self.output_dir / "model.pt", {k: v.cpu() for k, v in weights.items()})
+            if self.runtime.broadcast(self.unsaved):
                 self.save()
         except OSError as error:
             raise UserError(f"{self.output_dir}: not all is written ({error}); make room, and "
@@ -595,9 +676,11 @@ class Run:
         self.tick()
         self.check_finite()
         newest, previous = (self.output_dir / name for name in CHECKPOINTS)
+        state = self.state_dict()
         self._saved, self.unsaved = began, True
-        save_tensors(newest, self.state_dict(), previous)
-        self._write_tables()
+        if self.runtime.rank == 0:
+            save_tensors(newest, state, previous)
+            self._write_tables()
         self.unsaved = False
         self._saved = time.monotonic()
         self.save_seconds = max(self.save_seconds, self._saved - began)
@@ -623,6 +706,11 @@ class Run:
     def state_dict(self) -> dict:
         """Return all that a continuation needs: tensors, numbers, strings, lists and dicts."""
         cuda = self.runtime.device.type == "cuda"
+        own = {
+            "sums": self.sums.cpu(),
+            "cpu_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
+        }
         return {
             "script": self.script,
             "settings": self.settings,
@@ -630,18 +718,32 @@ class Run:
             "runtime": str(self.runtime),
             "data": self.checksum,
             "position": {name: getattr(self, name) for name in POSITION},
-            "sums": self.sums,
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
+            "ranks": self.runtime.gather(own),
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
 
-    def _resume(self, paths: list[Path]) -> None:
+    def _set_state(self, state: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for name in POSITION:
+            setattr(self, name, state["position"][name])
+        if len(state["ranks"]) != self.runtime.ranks:  # the sums still count, once
+            total = sum(own["sums"] for own in state["ranks"])
+            self.sums.copy_(total if self.runtime.rank == 0 else torch.zeros(3))
+            torch.manual_seed(self.rank_seed())
+            return
+        own = state["ranks"][self.runtime.rank]
+        self.sums.copy_(own["sums"])
+        torch.set_rng_state(own["cpu_rng"])
+        if own["cuda_rng"] is not None and self.runtime.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"], self.runtime.device)
+
+    def _resume(self, paths: list[Path]) -> dict:
         """Go on from the first of `paths` that is whole; raises UserError if none is."""
         damaged = []
         for path in paths:
             try:
-                self._restore(path)
+                state = self._restore(path)
             except DamagedFile as error:
                 damaged.append(str(error))
                 continue
@@ -652,23 +754,16 @@ class Run:
             self._write_tables()
             last = f" (test acc {self.history[-1]['test_acc']:.2%})" if self.history else ""
             log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
-            return
+            return state
         raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path) -> dict:
         state = load_tensors(path)
         try:
             self._check_settings(path, state["script"], state["settings"])
             if state["data"] != self.checksum:
                 raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            for name in POSITION:
-                setattr(self, name, state["position"][name])
-            self.sums.copy_(state["sums"])
-            torch.set_rng_state(state["cpu_rng"])
-            if state["cuda_rng"] is not None and self.runtime.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"], self.runtime.device)
+            self._set_state(state)
             before = f"{state['runtime']}, torch {state['torch']}"
         except UserError:
             raise
@@ -677,6 +772,7 @@ class Run:
             raise DamagedFile(f"{path}: {reason}") from error
         if before != f"{self.runtime}, torch {torch.__version__}":
             log.info(f"note       {path} comes from {before}: the rest may differ in rounding")
+        return state
 
     def _check_settings(self, path: Path, script: str, settings: dict) -> None:
         if script != self.script:
@@ -742,34 +838,35 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float, seed: int) -> Metrics:
+def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metrics:
     """Train on what is left of the current epoch; return the means over the whole of it.
 
-    `batches` yield float images (B, 3, H, W) and int64 labels (B,) from step `run.step` on. The
-    loss is cross entropy with label smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7).
-    Raises UserError if it stops being finite, or on a signal to stop.
+    `batches` yield float images (B, 3, H, W), int64 labels (B,) and a weight from step `run.step`
+    on, see data.Batches.shuffled. The loss is cross entropy with label smoothing (Szegedy et al.
+    2016, arXiv:1512.00567, section 7). Raises UserError if it stops being finite, or on a signal to
+    stop.
     """
     model, optimizer, scheduler, scaler = (
         run.parts[name] for name in ("model", "optimizer", "scheduler", "scaler")
     )
     model.train()
     if run.step == 0:
-        torch.manual_seed(epoch_seed(seed, run.epoch))
+        torch.manual_seed(run.rank_seed())
     first = run.epoch * run.steps_per_epoch
     end = min(run.steps_per_epoch, run.total_steps - first)
-    for images, labels in run.watch(batches, "train", run.step, end):
+    for images, labels, weight in run.watch(batches, "train", run.step, end):
         with run.runtime.autocast():
-            logits = model(images)  # (B, classes)
+            logits = run.network(images)  # (B, classes)
             loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(loss * weight).backward()
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
         loss = loss.detach().float()
         correct = (logits.argmax(1) == labels).sum()
         count = torch.full_like(loss, len(labels))
-        run.sums += torch.stack([loss * len(labels), correct, count])
+        run.sums += torch.stack([loss * len(labels), correct, count]) * bool(weight)
         here = torch.full_like(loss, first + run.step)
         run.first_bad = torch.minimum(run.first_bad, here.where(~loss.isfinite(), math.inf))
         run.step += 1
@@ -777,22 +874,28 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float, seed: i
             run.check_finite()
     run.check_finite()
     run.train_seconds = run.train_seconds or run.tick()
-    loss_sum, correct, count = run.sums.tolist()
+    if run.runtime.ranks > 1:
+        for buffer in model.buffers():  # batch norm's, where it is not synchronised
+            dist.broadcast(buffer, 0)
+    loss_sum, correct, count = run.runtime.reduce(run.sums).tolist()
     return Metrics(loss_sum / count, correct / count, math.nan, int(count))
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:
-    """Return cross entropy, top-1 and top-5 accuracy over all of `batches`, in evaluation mode."""
+    """Return cross entropy, top-1 and top-5 accuracy over the batches of all ranks.
+
+    In evaluation mode. The sums over each batch are added in float64, exactly in any order.
+    """
     model.eval()
-    sums = torch.zeros(3, device=runtime.device)  # loss, correct, correct in the first five
-    count = 0
+    sums = [torch.zeros(4, device=runtime.device)]  # loss, correct, correct in first 5, images
     for images, labels in batches:
         with runtime.autocast():
             logits = model(images)
         hits = logits.topk(5).indices == labels[:, None]  # (B, 5)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-        count += len(labels)
-    loss, correct, top5 = sums.tolist()
-    return Metrics(loss / count, correct / count, top5 / count, count)
+        count = torch.full_like(loss, len(labels))
+        sums.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), count]))
+    total = runtime.reduce(torch.stack(sums).cpu().double().sum(0))
+    loss, correct, top5, count = total.tolist()
+    return Metrics(loss / count, correct / count, top5 / count, int(count))
