@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import Refused, Runtime, UserError, check_pickle, epoch_seed, rank_0_first, try_lock
+from models import Refused, UserError, check_pickle
+from utils import Runtime, epoch_seed, rank_0_first, try_lock
 
 log = logging.getLogger("cifar100")
 
@@ -213,8 +214,11 @@ def _parse_python(members: dict[str, bytes], path: Path) -> dict:
             if name == "meta":
                 parts["class_names"] = content["fine_label_names"]
             else:
-                labels = map(operator.index, content["fine_labels"])
-                parts[name] = content["data"].pixels(), np.fromiter(labels, np.int64)
+                labels = content["fine_labels"]
+                if not isinstance(labels, list) or len(labels) > FULL_SIZE[name]:
+                    raise TypeError("the labels are no list, or too many")
+                labels = np.fromiter(map(operator.index, labels), np.int64)
+                parts[name] = content["data"].pixels(), labels
     except Exception as error:  # a damaged pickle can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{path}: {name} is not a pickle of CIFAR-100 ({reason})") from error
@@ -246,9 +250,13 @@ def _parse_hdf5(path: Path) -> dict:
             for name in ("train", "test"):
                 images, labels = file[f"X_{name}"], file[f"Y_{name}"]
                 for part in (images, labels):
+                    numbers = part.dtype.kind in "iuf" and part.dtype.itemsize <= 8
                     chunk = math.prod(part.chunks or (1,)) * part.dtype.itemsize
-                    if part.size > FULL_SIZE["train"] * 3072 or chunk > SIZE_LIMIT:
-                        raise UserError(f"{path}: {part.name} is larger than all of CIFAR-100")
+                    if not numbers or part.size > FULL_SIZE[name] * 3072 or chunk > SIZE_LIMIT:
+                        raise UserError(f"{path}: {part.name} is {part.dtype} {part.shape}, not "
+                                        "the numbers of CIFAR-100")
+                if labels.size > FULL_SIZE[name]:
+                    raise UserError(f"{path}: {labels.name} has more labels than CIFAR-100")
                 parts[name] = _read_pixels(images, name, path), labels[:].reshape(-1)
     except UserError:
         raise

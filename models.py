@@ -1,18 +1,25 @@
 """The two networks: the assignment's ResNet for 32 x 32 images, and torchvision's ResNet-18.
 
 Nothing here touches a device or reads a flag: `ResNet()` and `resnet18()` return plain float32
-modules on the CPU, whose `state_dict()` is what the training scripts write to `model.pt`.
+modules on the CPU, whose `state_dict()` is what the training scripts write to `model.pt`. Below
+them, how such files are written whole and read safely.
 """
 
+import contextlib
 import hashlib
+import io
 import logging
+import os
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
-
-from utils import DamagedFile, UserError, load_tensors
 
 log = logging.getLogger("cifar100")
 
@@ -128,7 +135,11 @@ def _note_other_content(path: Path) -> None:
     if path.name not in RESNET18_FILES or not path.is_file():
         return
     digest = path.stem.rpartition("-")[2]  # the first 8 hexadecimal digits of its SHA-256
-    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return  # reading it in earnest says why
+    if not hashlib.sha256(content).hexdigest().startswith(digest):
         log.info(f"note       {path}: not the official SHA-256; only its form is checked")
 
 
@@ -140,7 +151,125 @@ def load_weights(model: nn.Module, path: Path | str, state: dict | None = None) 
     try:
         model.load_state_dict(load_tensors(path) if state is None else state)
     except DamagedFile as error:
-        raise UserError(f"{error}; get it again") from error
+        raise UserError(f"{error}; get or make it again") from error
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: weights of another network ({reason} ...)") from error
+
+
+USER_ERROR = 2  # the exit status
+MOST_OPCODES = 2_000_000  # in a pickle; the official train has 0.4 million
+MOST_TUPLES = 10_000  # in a pickle; a checkpoint of part 2 has 1,400
+TENSOR_GLOBALS = re.compile(  # what a pickled dict of tensors calls
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"
+)
+
+
+class UserError(Exception):
+    """Reported in one line on stderr, without a traceback; `status` is the exit status."""
+
+    def __init__(self, message: str, status: int = USER_ERROR):
+        super().__init__(message)
+        self.status = status
+
+
+class DamagedFile(UserError):
+    """A file whose content is not whole, or not what its place asks for."""
+
+
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write `path` whole or not at all, also across a power cut; raises OSError.
+
+    What `path` held becomes `previous`, if that is given, once the new content is on the disk.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the renames are on disk once the directory is
+        directory = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # which some network file systems cannot do
+            os.fsync(directory)
+        os.close(directory)
+
+
+def save_tensors(path: Path, content: dict, previous: Path | None = None) -> None:
+    """Write a dict of tensors, numbers, strings and dicts for `load_tensors`; raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer(), previous)
+
+
+def load_tensors(path: Path | str) -> dict:
+    """Read a .pt or .pth file onto the CPU without executing anything that it holds.
+
+    Raises UserError if it is missing or unreadable, and DamagedFile if a checksum is wrong or it
+    holds anything but tensors and plain containers.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115, for an error here is another than one in reading
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from error
+    try:
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            is_zip = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            if is_zip:
+                _check_zip(file)
+            else:  # the format before PyTorch 1.6: five pickles, then the numbers
+                for _ in range(5):
+                    check_pickle(file, TENSOR_GLOBALS)
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise Refused(f"holds a {type(content).__name__}, not a dict of tensors")
+        return content
+    except Refused as error:
+        raise DamagedFile(f"{path}: {error}") from error
+    except Exception as error:  # a damaged file can raise anything
+        if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
+            raise UserError(f"{path}: cannot be read ({error})") from error
+        reason = f"not a PyTorch file, or a damaged one ({type(error).__name__})"
+        raise DamagedFile(f"{path}: {reason}") from error
+
+
+def _check_zip(file) -> None:
+    """Verify the checksums, which torch.load does not, before it inflates or believes anything."""
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile("compressed, which torch.save never does")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
+        for name in archive.namelist():
+            if name.endswith(".pkl"):
+                check_pickle(io.BytesIO(archive.read(name)), TENSOR_GLOBALS)
+
+
+class Refused(pickle.UnpicklingError):
+    """A pickle asks for what no file of ours needs."""
+
+
+def check_pickle(file, allowed: re.Pattern) -> None:
+    """Read through one pickle, before anything is built from it, up to its end.
+
+    Unpicklers believe what they read: each byte can cost them an empty list, a memo index of 2^31
+    costs 32 GB, and the hash of tuples nested a million deep overflows the stack. `allowed` matches
+    "module name" of what may be called. Raises Refused, or ValueError if it is no pickle.
+    """
+    tuples = 0
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        tuples += "TUPLE" in opcode.name
+        if opcode.name == "GLOBAL" and not allowed.fullmatch(argument):
+            raise Refused(f"refused, for it asks for {argument.replace(' ', '.')}")
+        index = int(argument) if "PUT" in opcode.name else 0
+        if tuples > MOST_TUPLES or max(count, index) > MOST_OPCODES:
+            raise Refused("refused, for it counts or nests further than any file of ours")

@@ -1,6 +1,6 @@
 """The engine that both training scripts share.
 
-In this order: errors and exit status, flags, device and precision, files, the `Run` (all that a
+In this order: errors and exit status, flags, device, precision and ranks, the `Run` (all that a
 killed run needs to go on, and all that it writes), its log lines, and the two loops,
 `train_one_epoch` and `evaluate`. What belongs to one recipe alone stands in its script.
 """
@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import errno
 import importlib.util
 import io
 import itertools
@@ -16,17 +17,12 @@ import json
 import logging
 import math
 import os
-import pickle
-import pickletools
 import platform
-import re
 import shlex
 import signal
 import sys
 import time
 import traceback
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from models import USER_ERROR, DamagedFile, UserError, load_tensors, save_tensors, write_atomically
 
 try:
     import resource
@@ -51,6 +49,7 @@ STARTED = time.monotonic()  # seconds; of this process, as near as a module can 
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
 FIRST_SAVE = 10  # seconds that a save is taken to last until one has been timed
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_TIME = 1000  # a reason to stop, beside the numbers of the signals
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")  # the newest, and the one before it
 RUN_FILES = ("config.json", "metrics.csv", "times.csv", *CHECKPOINTS, "model.pt")
@@ -58,28 +57,10 @@ TIMES = ("images_per_second", "seconds", "eta_seconds")  # what two equal runs d
 # Settings that may differ between a run and its continuation, for they do not change its course.
 FREE_SETTINGS = {"data_dir", "data_url", "no_download", "output_dir", "device", "weights", "debug"}
 FREE_SETTINGS |= {"resume", "overwrite", "eval_only", "max_minutes", "checkpoint_minutes"}
-MOST_OPCODES = 2_000_000  # in a pickle; the official train has 0.4 million
-MOST_TUPLES = 10_000  # in a pickle; a checkpoint of part 2 has 1,400
-TENSOR_GLOBALS = re.compile(  # what a pickled dict of tensors calls
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"
-)
 POSITION = ("epoch", "step", "seconds", "train_seconds", "history")  # of a Run, in its checkpoint
 
 DIVERGED = 1
-USER_ERROR = 2
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the state is saved, and the same command goes on
-
-
-class UserError(Exception):
-    """Reported in one line on stderr, without a traceback; `status` is the exit status."""
-
-    def __init__(self, message: str, status: int = USER_ERROR):
-        super().__init__(message)
-        self.status = status
-
-
-class DamagedFile(UserError):
-    """A file whose content is not whole, or not what its place asks for."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -121,7 +102,8 @@ def explain(error: BaseException) -> tuple[str, int]:
 def _exit_with(message: str, status: int) -> None:
     if message:
         rank = f" (rank {RANK})" if RANK else ""
-        print(f"{Path(sys.argv[0]).name}{rank}: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk under stderr; the status still counts
+            print(f"{Path(sys.argv[0]).name}{rank}: {message}", file=sys.stderr, flush=True)
     if status == STOPPED and dist.is_torchelastic_launched():
         status = 0  # torchrun would make a 1 and a page of text of any other
     sys.exit(status)
@@ -201,6 +183,12 @@ def common_parser(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; raises UserError if it does not fit what --output-dir holds."""
     args = parser.parse_args()
+    check_output_dir(args)
+    return args
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Raise UserError if --output-dir holds a run and nothing is said of it, or no run to go on."""
     path = args.output_dir
     try:
         held = [name for name in RUN_FILES if (path / name).exists()]
@@ -217,7 +205,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
             f"goes on {'if there is a checkpoint.pt' if lost else 'with it'}, --output-dir names "
             "another place"
         )
-    return args
 
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -305,7 +292,7 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
     if device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = True  # a resumed run computes the same bits
     plain = device.type == "cuda" and capability < (7, 0)
     memory_format = torch.contiguous_format if plain else torch.channels_last
     return Runtime(device, dtype, compile_model, memory_format, *join_ranks(device))
@@ -353,7 +340,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 def try_lock(file) -> bool:
-    """Lock an open file or descriptor until it is closed, also by a kill; False if another has it.
+    """Lock an open file until it is closed, also by a kill; return False if another has it.
 
     Where there are no such locks (Windows, some cluster file systems) nothing is held.
     """
@@ -366,108 +353,6 @@ def try_lock(file) -> bool:
     except (ImportError, OSError):
         pass
     return True
-
-
-def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write `path` whole or not at all, also across a power cut; raises OSError.
-
-    What `path` held becomes `previous`, if that is given, once the new content is on the disk.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the renames are on disk once the directory is
-        directory = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # which some network file systems cannot do
-            os.fsync(directory)
-        os.close(directory)
-
-
-def save_tensors(path: Path, content: dict, previous: Path | None = None) -> None:
-    """Write a dict of tensors, numbers, strings and dicts for `load_tensors`; raises OSError."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer(), previous)
-
-
-def load_tensors(path: Path | str) -> dict:
-    """Read a .pt or .pth file onto the CPU without executing anything that it holds.
-
-    Raises UserError if it is missing or unreadable, and DamagedFile if a checksum is wrong or it
-    holds anything but tensors and plain containers.
-    """
-    try:
-        with open(path, "rb") as file:
-            return _load_dict(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from error
-    except ValueError as error:
-        raise DamagedFile(f"{path}: {error}") from error
-
-
-def _load_dict(file) -> dict:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            is_zip = file.read(4) == b"PK\x03\x04"
-            file.seek(0)
-            if is_zip:
-                _check_zip(file)
-            else:  # the format before PyTorch 1.6: five pickles, then the numbers
-                for _ in range(5):
-                    check_pickle(file, TENSOR_GLOBALS)
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        reason = str(error)
-        if not isinstance(error, Refused):
-            reason = f"not a PyTorch file, or a damaged one ({type(error).__name__})"
-        raise ValueError(reason) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"holds a {type(content).__name__}, not a dict of tensors")
-    return content
-
-
-def _check_zip(file) -> None:
-    """Verify the checksums, which torch.load does not, before it inflates or believes anything."""
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise zipfile.BadZipFile("compressed, which torch.save never does")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
-        for name in archive.namelist():
-            if name.endswith(".pkl"):
-                check_pickle(io.BytesIO(archive.read(name)), TENSOR_GLOBALS)
-
-
-class Refused(pickle.UnpicklingError):
-    """A pickle asks for what no file of ours needs."""
-
-
-def check_pickle(file, allowed: re.Pattern) -> None:
-    """Read through one pickle, before anything is built from it, up to its end.
-
-    Unpicklers believe what they read: each byte can cost them an empty list, a memo index of 2^31
-    costs 32 GB, and the hash of tuples nested a million deep overflows the stack. `allowed` matches
-    "module name" of what may be called. Raises Refused, or ValueError if it is no pickle.
-    """
-    tuples = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        tuples += "TUPLE" in opcode.name
-        if opcode.name == "GLOBAL" and not allowed.fullmatch(argument):
-            raise Refused(f"refused, for it asks for {argument.replace(' ', '.')}")
-        index = int(argument) if "PUT" in opcode.name else 0
-        if tuples > MOST_TUPLES or max(count, index) > MOST_OPCODES:
-            raise Refused("refused, for it counts or nests further than any file of ours")
 
 
 class Metrics(NamedTuple):
@@ -488,6 +373,7 @@ class Run:
 
     def __init__(self, args, runtime: Runtime, dataset, steps_per_epoch: int,
                  total_steps: int, sizes: list[int], parts: dict):
+        self.args = args
         self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.settings["precision"] = PRECISIONS[runtime.dtype]
         self.settings["compile"] = runtime.compile
@@ -507,15 +393,12 @@ class Run:
         self.seconds = 0.0  # spent in the current epoch, evaluation included
         self.train_seconds = 0.0  # those of its training part, once that is done
         self.history: list[dict] = []
-        # Over the current epoch: loss, correct, images; and the step of the first bad loss.
-        self.sums = torch.zeros(3, device=runtime.device)
+        self.sums = torch.zeros(3, device=runtime.device)  # of the epoch: loss, correct, images
         self.unsaved = False  # the last save failed
-        self.first_bad = torch.full((), math.inf, device=runtime.device)
         self.stop_signal = 0
         self.network = parts["model"]  # what a training step calls
         if runtime.ranks > 1:
             self.network = DistributedDataParallel(self.network)
-        self.lock: int | None = None  # a descriptor of the output directory
         # For --max-minutes: seconds at most so far, and whether this process has come any further.
         self.step_seconds, self.save_seconds, self.progressed = 0.0, FIRST_SAVE, False
         self._clock = self._saved = time.monotonic()
@@ -534,10 +417,10 @@ class Run:
         """Take possession of the output directory; return the state to go on from, if any."""
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            if os.name == "posix":
-                self.lock = os.open(self.output_dir, os.O_RDONLY)
-                if not try_lock(self.lock):
-                    raise UserError(f"{self.output_dir}: another process is at work on this run")
+            self.lock = (self.output_dir / ".lock").open("a")
+            if not try_lock(self.lock):
+                raise UserError(f"{self.output_dir}: another process is at work on this run")
+            check_output_dir(self.args)  # again: loading the data took a while
             found = [self.output_dir / name for name in CHECKPOINTS]
             found = [path for path in found if path.exists()]
             if self.settings["resume"] and found:
@@ -567,15 +450,17 @@ class Run:
                    initial=start, total=end, leave=False, unit="batch",
                    disable=True if RANK else None)  # None: without a terminal
         with bar:
+            began = time.monotonic()
             for batch in bar:
-                began = time.monotonic()
-                self._stop_or_save(began)
+                self._stop_or_save()
                 yield batch
                 self.progressed |= what == "train"
-                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
+                now = time.monotonic()
+                self.step_seconds, began = max(self.step_seconds, now - began), now
 
-    def _stop_or_save(self, now: float) -> None:
+    def _stop_or_save(self) -> None:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
+        now = time.monotonic()
         reason = self.stop_signal or OUT_OF_TIME * self._out_of_time(now)
         due = now - self._saved > 60 * self.settings["checkpoint_minutes"]
         reason, due = self.runtime.reduce(torch.tensor([reason, due]), dist.ReduceOp.MAX).tolist()
@@ -614,9 +499,12 @@ class Run:
 
     def check_finite(self) -> None:
         """Raise UserError if a loss of this epoch was NaN or infinite."""
-        step = self.runtime.reduce(self.first_bad, dist.ReduceOp.MIN).item()
-        if math.isfinite(step):
-            raise UserError(f"the loss was not finite at step {int(step) + 1}; start again with "
+        self._require_finite(self.runtime.reduce(self.sums)[0].item())
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            step = self.epoch * self.steps_per_epoch + self.step
+            raise UserError(f"the loss was not finite by step {step}; start again with "
                             "--overwrite and a lower --lr, or --precision fp32", DIVERGED)
 
     def tick(self) -> float:
@@ -628,9 +516,7 @@ class Run:
     def end_epoch(self, results: dict[str, Metrics]) -> None:
         """Record the epoch, print its line, and save. `results` are by split, train first."""
         self.tick()
-        if not all(math.isfinite(metrics.loss) for metrics in results.values()):
-            self.first_bad.fill_(self.epoch * self.steps_per_epoch + self.step - 1)
-            self.check_finite()
+        self._require_finite(sum(metrics.loss for metrics in results.values()))
         lr = self.parts["optimizer"].param_groups[0]["lr"]  # what the next step would take
         trained = results["train"].images
         self.epoch += 1
@@ -653,16 +539,17 @@ class Run:
         """Write model.pt and print the last lines; `bar` is the course's test accuracy, in %."""
         weights = self.parts["model"].state_dict()
         try:
+            if self.runtime.broadcast(self.unsaved):
+                self.save()
             if self.runtime.rank == 0:
                 self._write_tables()  # a kill can have come between the checkpoint and its tables
                 save_tensors(self.output_dir / "model.pt", {k: v.cpu() for k, v in weights.items()})
-            if self.runtime.broadcast(self.unsaved):
-                self.save()
         except OSError as error:
             raise UserError(f"{self.output_dir}: not all is written ({error}); make room, and "
                             "the same command with --resume does what is left", 1) from error
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
-        log.info(f"files      {', '.join(RUN_FILES)} in {self.output_dir}")
+        files = [name for name in RUN_FILES if (self.output_dir / name).exists()]
+        log.info(f"files      {', '.join(files)} in {self.output_dir}")
         accuracy = 100 * self.history[-1]["test_acc"]
         if self.dataset == "cifar100":
             verdict = f"the course's bar of {bar:.0f}% is {'met' if accuracy >= bar else 'not met'}"
@@ -679,7 +566,13 @@ class Run:
         state = self.state_dict()
         self._saved, self.unsaved = began, True
         if self.runtime.rank == 0:
-            save_tensors(newest, state, previous)
+            try:
+                save_tensors(newest, state, previous)
+            except OSError as error:
+                if error.errno not in NO_SPACE or not (newest.exists() and previous.exists()):
+                    raise
+                previous.unlink()  # there is room for two
+                save_tensors(newest, state, previous)
             self._write_tables()
         self.unsaved = False
         self._saved = time.monotonic()
@@ -723,8 +616,11 @@ class Run:
         }
 
     def _set_state(self, state: dict) -> None:
+        fused = self.parts["optimizer"].param_groups[0]["fused"]  # of this device, not of the old
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        for group in self.parts["optimizer"].param_groups:
+            group["fused"] = fused
         for name in POSITION:
             setattr(self, name, state["position"][name])
         if len(state["ranks"]) != self.runtime.ranks:  # the sums still count, once
@@ -765,7 +661,7 @@ class Run:
                 raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
             self._set_state(state)
             before = f"{state['runtime']}, torch {state['torch']}"
-        except UserError:
+        except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # what is not a checkpoint can raise anything
             reason = f"not a whole checkpoint of this script ({' '.join(str(error).split())[:200]})"
@@ -852,8 +748,7 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metr
     model.train()
     if run.step == 0:
         torch.manual_seed(run.rank_seed())
-    first = run.epoch * run.steps_per_epoch
-    end = min(run.steps_per_epoch, run.total_steps - first)
+    end = min(run.steps_per_epoch, run.total_steps - run.epoch * run.steps_per_epoch)
     for images, labels, weight in run.watch(batches, "train", run.step, end):
         with run.runtime.autocast():
             logits = run.network(images)  # (B, classes)
@@ -867,8 +762,6 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metr
         correct = (logits.argmax(1) == labels).sum()
         count = torch.full_like(loss, len(labels))
         run.sums += torch.stack([loss * len(labels), correct, count]) * bool(weight)
-        here = torch.full_like(loss, first + run.step)
-        run.first_bad = torch.minimum(run.first_bad, here.where(~loss.isfinite(), math.inf))
         run.step += 1
         if run.step % CHECK_EVERY == 0:
             run.check_finite()

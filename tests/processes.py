@@ -35,18 +35,21 @@ def run_script(path: str, flags: tuple) -> None:
 
 
 def call(function: Callable, *arguments, cwd: Path = ROOT, before: Callable | None = None,
-         kill_after: float = 300) -> CompletedProcess:
+         kill_after: float | None = None) -> CompletedProcess:
     """Call a module's function in a process of its own; return status and text output.
 
-    There `before` is called first, in the directory `cwd`; killed after `kill_after` seconds.
+    There `before` is called first, in the directory `cwd`. Killed after `kill_after` seconds, if
+    given; else it must end within 300.
     """
     texts = Path(tempfile.mkdtemp())
     try:
         process = _CONTEXT.Process(target=_begin, args=(texts, cwd, before, function, arguments))
         process.start()
-        process.join(kill_after)
+        process.join(300 if kill_after is None else kill_after)
+        hangs = process.is_alive() and kill_after is None
         process.kill()
         process.join()
+        assert not hangs, arguments
         stdout, stderr = ((texts / name).read_text() for name in ("stdout", "stderr"))
         return CompletedProcess(arguments, process.exitcode, stdout, stderr)
     finally:

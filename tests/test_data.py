@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import models
-from utils import Runtime, UserError
+from models import UserError
+from utils import Runtime
 
 
 def same(dataset: data.Dataset, arrays: dict) -> bool:
@@ -338,9 +339,9 @@ def numbered(count: int) -> data.Split:
 def test_an_epoch_visits_every_image_once_with_its_label(runtime):
     batches = data.Batches(numbered(250), 64, PLAIN, runtime)
     got = list(batches.shuffled(seed=1, epoch=2))
-    assert [len(labels) for _, labels in got] == [64, 64, 64, 58] and len(batches) == 4
-    numbers = torch.cat([images[:, 0, 0, 0] * 255 for images, _ in got]).round().long()
-    labels = torch.cat([labels for _, labels in got])
+    assert [len(labels) for _, labels, _ in got] == [64, 64, 64, 58] and len(batches) == 4
+    numbers = torch.cat([images[:, 0, 0, 0] * 255 for images, *_ in got]).round().long()
+    labels = torch.cat([labels for _, labels, _ in got])
     assert sorted(numbers.tolist()) == list(range(250))
     assert torch.equal(numbers % 100, labels)
 
@@ -348,7 +349,7 @@ def test_an_epoch_visits_every_image_once_with_its_label(runtime):
 def test_an_epoch_is_a_function_of_seed_and_epoch_alone(runtime):
     def draw(seed, epoch, start=0):
         batches = data.Batches(data.synthetic(2, 1).train, 32, PLAIN, runtime)
-        return [images for images, _ in batches.shuffled(seed, epoch, start)]
+        return [images for images, *_ in batches.shuffled(seed, epoch, start)]
 
     whole = draw(3, 5)
     torch.rand(10)  # the global generator plays no part
@@ -375,7 +376,7 @@ def test_the_gather_equals_reflect_padding_crop_and_flip(runtime, flip):
 def test_crops_and_flips_differ_from_image_to_image(runtime):
     ramp = torch.arange(32, dtype=torch.uint8).expand(100, 3, 32, 32)
     batches = data.Batches(data.Split(ramp, torch.arange(100)), 100, PLAIN, runtime)
-    images, _ = next(batches.shuffled(0, 0))
+    images, *_ = next(batches.shuffled(0, 0))
     assert len(torch.unique(images[:, 0, 0], dim=0)) == 18  # 9 offsets, flipped or not
 
 
@@ -406,7 +407,7 @@ def test_the_data_path_and_the_forward_pass_stay_on_the_gpu(part, size):
         with torch.device("cuda"):  # fake modules cannot be moved
             model = models.ResNet() if part == 1 else models.resnet18("random")
         for given in (batches.shuffled(0, 0, 0, size), batches.in_order(size)):
-            for images, labels in given:
+            for images, labels, *_ in given:
                 with runtime.autocast():
                     loss = F.cross_entropy(model(images), labels)
                 assert images.shape[1:] == (3, size, size)

@@ -19,6 +19,7 @@ from conftest import contents, equal, write_binary
 from processes import call, script
 from torch.nn.modules.module import register_module_forward_hook
 
+import models
 import utils
 
 SMALL = {"train_resnet": [], "finetune_resnet18": ["--weights", "random", "--image-size", "32"]}
@@ -63,7 +64,8 @@ class Whole:
         assert (process.returncode, process.stderr) == (0, "")
         assert process.stdout.splitlines()[-1] == self.last_line
         files = contents(output_dir)
-        assert set(files) | {"checkpoint-previous.pt"} == set(utils.RUN_FILES), "nothing is left"
+        allowed = {".lock", "checkpoint-previous.pt"}  # one epoch, one save: no previous
+        assert set(files) | allowed == {*utils.RUN_FILES, ".lock"}, "no temporary file is left"
         for file in ("metrics.csv", "model.pt"):
             assert files[file] == self.files[file], f"{file} differs"
 
@@ -111,15 +113,14 @@ def kill_at_write(moment: str, number: int, part: float) -> None:
     os.fsync, os.replace = torn_fsync, cut_replace
 
 
-def draw_kill(rng: random.Random, seconds: float) -> tuple[str, dict]:
-    """Draw what kills the next start: its kind, and keywords of `script`."""
-    kind = rng.choice(KILLS)
+def draw_kill(rng: random.Random, kind: str, seconds: float) -> dict:
+    """Draw the moment of a kill; return keywords of `script`."""
     if kind == "clock":
-        return kind, {"kill_after": rng.uniform(0, seconds)}
+        return {"kill_after": rng.uniform(0, seconds)}
     if kind == "batch":
-        return kind, {"before": functools.partial(at_batch, rng.randint(1, 17), kill)}
+        return {"before": functools.partial(at_batch, rng.randint(1, 17), kill)}
     arguments = kind, rng.randint(1, 12), rng.random()
-    return kind, {"before": functools.partial(kill_at_write, *arguments)}
+    return {"before": functools.partial(kill_at_write, *arguments)}
 
 
 @both
@@ -130,7 +131,8 @@ def test_a_run_killed_at_any_moment_ends_the_same(whole, name, tmp_path, pytestc
     while sum(kills.values()) < wanted:
         output_dir, log, status = tmp_path / str(runs), [], -1
         while status:
-            kind, how = draw_kill(rng, run.seconds) if sum(kills.values()) < wanted else ("", {})
+            kind = min(KILLS, key=kills.get)  # the rarest so far
+            how = draw_kill(rng, kind, run.seconds) if sum(kills.values()) < wanted else {}
             process = run.script(output_dir, *rng.choice([EVERY_STEP, []]), **how)
             status = process.returncode
             assert status in (0, -signal.SIGKILL), process.stderr
@@ -174,7 +176,7 @@ def test_a_second_interrupt_ends_at_once(whole, tmp_path):
     before = functools.partial(at_batch, 5, interrupt_twice)
     stopped = whole["train_resnet"].script(tmp_path, before=before)
     assert (stopped.returncode, stopped.stderr) == (130, "train_resnet.py: interrupted\n")
-    assert set(contents(tmp_path)) == {"config.json"}
+    assert set(contents(tmp_path)) == {".lock", "config.json"}
 
 
 @both
@@ -194,24 +196,27 @@ def limit_files(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes * 2**20, megabytes * 2**20))
 
 
-@both
-def test_a_disk_full_from_the_start_is_one_line(whole, name, tmp_path):
-    run, before = whole[name], functools.partial(limit_files, 1)
+@pytest.mark.parametrize("name, megabytes", [
+    ("train_resnet", 1), ("train_resnet", 20), ("finetune_resnet18", 1), ("finetune_resnet18", 60),
+])
+def test_a_disk_full_from_the_start_is_one_line(whole, name, megabytes, tmp_path):
+    """The larger ones have room for model.pt, but not for a checkpoint."""
+    run, before = whole[name], functools.partial(limit_files, megabytes)
     process = run.script(tmp_path, before=before)
     assert process.returncode == 1 and process.stderr.count("\n") == 1
     assert re.search("not all is written .*make room, and the same command with", process.stderr)
     warning = "warning    not saved ([Errno 27] File too large); training goes on, the next save"
     assert process.stdout.count(warning) == 2, "at the end of each epoch"
-    assert set(contents(tmp_path)) <= {"config.json", "metrics.csv", "times.csv"}
+    assert set(contents(tmp_path)) <= {".lock", "config.json", "metrics.csv", "times.csv"}
     run.assert_same_end(run.script(tmp_path), tmp_path)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 70 MB: room for two checkpoints of part 1, but not for a third."""
+    """A file system of 50 MB: room for one checkpoint of part 1."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", str(disk)]
     if os.name != "posix" or os.geteuid() != 0 or subprocess.run(mount).returncode:
         pytest.skip("needs to be root and allowed to mount a file system")
     yield disk
@@ -219,13 +224,14 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(whole, small_disk):
+    """And where there is room for two checkpoints, though not for a third, each save succeeds."""
     run, output_dir = whole["train_resnet"], small_disk / "run"
     process = run.script(output_dir, *EVERY_STEP)
     assert process.returncode == 1 and process.stderr.count("\n") == 1
     assert "warning    not saved ([Errno 28] No space left on device)" in process.stdout
-    assert utils.load_tensors(output_dir / "checkpoint.pt")["position"]["step"] == 2
-    subprocess.run(["mount", "-o", "remount,size=300m", str(small_disk)], check=True)
-    run.assert_same_end(run.script(output_dir), output_dir)
+    assert models.load_tensors(output_dir / "checkpoint.pt")["position"]["step"] == 1
+    subprocess.run(["mount", "-o", "remount,size=85m", str(small_disk)], check=True)
+    run.assert_same_end(run.script(output_dir, *EVERY_STEP), output_dir)
 
 
 def move_at_batches(path: Path, leave: int, come_back: int) -> None:
@@ -245,7 +251,8 @@ def test_an_output_directory_that_vanishes_does_not_stop_the_training(whole, tmp
         return run.assert_same_end(process, output_dir)
     assert (process.returncode, process.stderr.count("\n")) == (1, 1)
     assert f"{output_dir}: not all is written" in process.stderr
-    assert not output_dir.exists() and set(contents(tmp_path / "away")) == {"config.json"}
+    assert not output_dir.exists()
+    assert set(contents(tmp_path / "away")) == {".lock", "config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -262,14 +269,14 @@ def stopped(whole, tmp_path_factory):
 def test_a_truncated_checkpoint_is_never_believed(stopped, tmp_path, percent):
     content = (stopped / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) * percent // 100])
-    with pytest.raises(utils.DamagedFile, match=r"not a PyTorch file, or a damaged"):
-        utils.load_tensors(tmp_path / "checkpoint.pt")
+    with pytest.raises(models.DamagedFile, match=r"not a PyTorch file, or a damaged"):
+        models.load_tensors(tmp_path / "checkpoint.pt")
 
 
 def test_a_checkpoint_with_flipped_bytes_is_never_believed(stopped, tmp_path):
     """Flips of what means nothing, such as a time in the zip headers, may load equal."""
     content, rng = (stopped / "checkpoint.pt").read_bytes(), random.Random(0)
-    original = utils.load_tensors(stopped / "checkpoint.pt")
+    original = models.load_tensors(stopped / "checkpoint.pt")
     for _ in range(100):
         changed = bytearray(content)
         for _ in range(rng.choice([1, 1, 2, 10])):
@@ -279,8 +286,8 @@ def test_a_checkpoint_with_flipped_bytes_is_never_believed(stopped, tmp_path):
             changed[position] ^= rng.randrange(1, 256)
         (tmp_path / "checkpoint.pt").write_bytes(changed)
         try:
-            assert equal(utils.load_tensors(tmp_path / "checkpoint.pt"), original)
-        except utils.DamagedFile as error:
+            assert equal(models.load_tensors(tmp_path / "checkpoint.pt"), original)
+        except models.DamagedFile as error:
             assert "\n" not in str(error)
 
 
@@ -343,7 +350,7 @@ def test_other_settings_or_images_are_refused_by_name(whole, stopped, tmp_path, 
 
 def hold(path: Path) -> None:
     """Lock the directory, as another process at work on it does."""
-    assert utils.try_lock(os.open(path, os.O_RDONLY))
+    assert utils.try_lock(os.open(path / ".lock", os.O_WRONLY))
 
 
 def test_two_processes_cannot_work_on_one_run(whole, stopped):

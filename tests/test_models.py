@@ -9,8 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models import BasicBlock, ResNet
-from utils import UserError
+from models import BasicBlock, ResNet, UserError
 
 # Figure 1 by hand: weights of the stage's convolutions, output pixels, batch norm channels, output.
 # A convolution does as many multiply-adds per output pixel as it has weights.

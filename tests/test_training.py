@@ -70,7 +70,7 @@ def test_the_log_has_header_epoch_line_and_verdict(finished, name):
 @both
 def test_the_files_say_the_same(finished, name):
     process, output_dir = finished[name]
-    assert set(contents(output_dir)) == {*utils.RUN_FILES} - {"checkpoint-previous.pt"}
+    assert set(contents(output_dir)) == {*utils.RUN_FILES, ".lock"} - {"checkpoint-previous.pt"}
     (row,) = rows(output_dir)
     assert (row["dataset"], row["epoch"], row["epochs"]) == ("synthetic", "1", "1")
     assert f"{float(row['test_acc']):.2%}" == EPOCH_LINE.search(process.stdout)[1] + "%"
@@ -114,7 +114,7 @@ def test_only_a_terminal_gets_a_progress_bar(monkeypatch, terminal):
     stderr.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stderr)
     run = types.SimpleNamespace(epoch=0, step_seconds=0, progressed=False,
-                                _stop_or_save=lambda now: None)
+                                _stop_or_save=lambda: None)
     assert list(utils.Run.watch(run, range(10), "train", 2, 5)) == [0, 1, 2]
     assert ("epoch 1 train" in stderr.getvalue()) is terminal
 
@@ -157,7 +157,7 @@ def test_a_diverging_run_stops_and_names_the_step(name, tmp_path):
     flags = [*SMALL[name], *SIX_STEPS, "--lr", "1e30", "--output-dir", tmp_path / "run"]
     process = script(name, *flags)
     assert process.returncode == 1
-    says = r".*not finite at step [1-6]; start again with --overwrite and a lower --lr.*\n"
+    says = r".*not finite by step [1-6]; start again with --overwrite and a lower --lr.*\n"
     assert re.fullmatch(says, process.stderr)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
@@ -171,8 +171,8 @@ def test_a_run_can_be_as_short_as_one_step(tmp_path, steps):
 def test_a_run_whose_last_step_diverges_is_not_saved(tmp_path):
     flags = [*SMALL["train_resnet"], "--max-steps", 1, "--lr", "1e30"]
     process = script("train_resnet", *flags, "--output-dir", tmp_path / "run")
-    assert process.returncode == 1 and "not finite at step 1" in process.stderr
-    assert sorted(contents(tmp_path / "run")) == ["config.json"]
+    assert process.returncode == 1 and "not finite by step 1" in process.stderr
+    assert sorted(contents(tmp_path / "run")) == [".lock", "config.json"]
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -1,0 +1,70 @@
+"""Starts a Slurm cluster of one node on this machine: Debian's packages, as root."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "qsub")
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+GresTypes=gpu
+SlurmdParameters=config_overrides
+MpiDefault=none
+ReturnToService=2
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.log
+NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=250000 Gres=gpu:4 Feature=xk State=UNKNOWN
+PartitionName=gpuA100x4 Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> str:
+    """Return why no cluster can be started here, or nothing."""
+    absent = [name for name in PROGRAMS if not shutil.which(name, path=_path())]
+    if absent:
+        return f"needs Debian's Slurm packages, for {', '.join(absent)}"
+    return "" if os.geteuid() == 0 else "needs to be root, to start Slurm"
+
+
+def _path() -> str:
+    return os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+def start(directory: Path) -> list[subprocess.Popen]:
+    """Start munged, slurmctld and slurmd; return them. Sets SLURM_CONF, which the commands read."""
+    os.environ |= {"SLURM_CONF": str(directory / "slurm.conf"), "PATH": _path()}
+    for name in ("state", "spool"):
+        (directory / name).mkdir()
+    host = socket.gethostname().partition(".")[0]
+    (directory / "slurm.conf").write_text(CONFIGURATION.format(host=host, directory=directory))
+    devices = ("null", "zero", "full", "random")  # what stands for four GPUs
+    (directory / "gres.conf").write_text("".join(
+        f"NodeName={host} Name=gpu File=/dev/{device}\n" for device in devices))
+    Path("/run/munge").mkdir(exist_ok=True)
+    shutil.chown("/run/munge", "munge", "munge")
+    log = (directory / "log").open("wb")
+    daemons = []
+    for command in (["runuser", "-u", "munge", "--", "munged", "--foreground"],
+                    ["slurmctld", "-D"], ["slurmd", "-D", "-N", host]):
+        daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
+        time.sleep(1)
+    for _ in range(60):
+        nodes = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout
+        if nodes.strip() == "idle":
+            return daemons
+        time.sleep(0.5)
+    raise AssertionError(f"Slurm does not start, see {directory}")

@@ -1,0 +1,165 @@
+"""Several processes train as one does: gloo on the CPU, started as torchrun starts them."""
+
+import concurrent.futures
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import contents, write_binary
+from processes import ROOT, call, script
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import models
+import utils
+
+PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def in_ranks(ranks: int, function, *arguments) -> list[str]:
+    """Call a module's function in so many processes; return what each prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with concurrent.futures.ThreadPoolExecutor(ranks) as pool:
+        begin = [functools.partial(join, rank, ranks, port) for rank in range(ranks)]
+        calls = [pool.submit(call, function, *arguments, before=before) for before in begin]
+        processes = [future.result() for future in calls]
+    assert [process.returncode for process in processes] == [0] * ranks, processes
+    return [process.stdout for process in processes]
+
+
+def join(rank: int, ranks: int, port: int) -> None:
+    """Set what torchrun sets."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1",
+    }
+
+
+def choose_cpu() -> utils.Runtime:
+    """Return the runtime of this rank, with one thread whatever their number."""
+    runtime = utils.choose_runtime("cpu", "fp32", False)
+    torch.set_num_threads(1)
+    return runtime
+
+
+def print_gradient(batch_size: int, step: int, path: str) -> None:
+    """Save the gradient of one step of an epoch of 100 images."""
+    runtime = choose_cpu()
+    torch.manual_seed(0)
+    # Batch norm sees the images of its rank alone on a CPU, so it is in evaluation mode here.
+    model = models.ResNet().eval()
+    network = DistributedDataParallel(model) if runtime.ranks > 1 else model
+    batches = data.Batches(data.synthetic(1, 1).train, batch_size, PLAIN, runtime)
+    images, labels, weight = next(batches.shuffled(0, 0, step))
+    (F.cross_entropy(network(images), labels, label_smoothing=0.1) * weight).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.save(gradient, f"{path}{runtime.rank}")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("batch_size, step", [(12, 0), (10, 3), (99, 1)])
+def test_the_gradient_is_that_of_one_process(tmp_path, ranks, batch_size, step):
+    """Also when the batch cannot be divided evenly, or (99, 1) is one image for all of them."""
+    paths = []
+    for count in (1, ranks):
+        in_ranks(count, print_gradient, batch_size, step, str(tmp_path / f"{count}-"))
+        paths += [tmp_path / f"{count}-{rank}" for rank in range(count)]
+    alone, *shared = map(torch.load, paths)
+    for gradient in shared:
+        torch.testing.assert_close(gradient, alone, rtol=1e-4, atol=1e-5 * alone.abs().max())
+
+
+def print_numbers(path: str) -> None:
+    """Save the numbers of the images that an epoch gives this rank; print the evaluation."""
+    runtime = choose_cpu()
+    values = torch.arange(97, dtype=torch.uint8)
+    numbered = data.Split(values.view(-1, 1, 1, 1).expand(97, 3, 32, 32), values.long())
+    batches = data.Batches(numbered, 8, PLAIN, runtime)
+    trained = [images[:, 0, 0, 0] for images, _, weight in batches.shuffled(1, 2) if weight]
+    tested = [images[:, 0, 0, 0] for images, _ in batches.in_order()]
+    torch.save([(torch.cat(part) * 255).round().long() for part in (trained, tested)],
+               f"{path}{runtime.rank}")
+    torch.manual_seed(0)
+    test = data.Batches(data.synthetic(1, 3).test, 32, data.CIFAR100_STATS, runtime)
+    print(utils.evaluate(models.ResNet(), test.in_order(), runtime))
+
+
+def test_every_image_is_seen_once_and_the_evaluation_is_equal(tmp_path):
+    printed = []
+    for ranks in (1, 2, 3):
+        printed += in_ranks(ranks, print_numbers, str(tmp_path / f"{ranks}-"))
+        parts = [torch.load(tmp_path / f"{ranks}-{rank}") for rank in range(ranks)]
+        for seen in zip(*parts, strict=True):
+            assert sorted(torch.cat(seen).tolist()) == list(range(97))
+    assert len(set(printed)) == 1 and "images=300" in printed[0]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, arrays):
+    """Flags of a run of 10 steps."""
+    data_dir = write_binary(tmp_path_factory.mktemp("data"), arrays)
+    return ["--data-dir", data_dir, "--device", "cpu", "--epochs", 1, "--batch-size", 21]
+
+
+def torchrun(ranks: int, name: str, *flags) -> subprocess.Popen:
+    """Start a script under torchrun itself."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               ranks, ROOT / f"{name}.py", *flags]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def test_torchrun_stops_and_resumes_to_the_same_bits_and_with_other_ranks(tmp_path, small):
+    flags = [*small, "--resume", "--output-dir"]
+    whole, chain = tmp_path / "whole", tmp_path / "chain"
+    process = torchrun(2, "train_resnet", *flags, whole)
+    stdout, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and stdout.count("epoch  1/1") == 1, "one rank prints"
+    process = torchrun(2, "train_resnet", *flags, chain, "--max-minutes", 0.001)
+    _, stderr = process.communicate(timeout=200)
+    says = r"train_resnet\.py: --max-minutes 0\.001: stopped in epoch 1 after 1 steps, saved in "
+    assert process.returncode == 0 and len(re.findall(says, stderr)) == 1
+    assert "Traceback" not in stderr and not (chain / "model.pt").exists()
+    first = (chain / "checkpoint.pt").read_bytes()
+    assert torchrun(2, "train_resnet", *flags, chain).wait(200) == 0
+    for file in ("model.pt", "metrics.csv"):
+        assert contents(chain)[file] == contents(whole)[file]
+    (chain / "checkpoint.pt").write_bytes(first)
+    alone = script("train_resnet", *flags, chain)
+    assert alone.returncode == 0 and "final test accuracy" in alone.stdout
+    assert re.search(r"note .* comes from 2 x CPU.*\nresume     after 0 epochs", alone.stdout)
+
+
+def test_part_2_runs_under_torchrun(tmp_path, small):
+    flags = [*small, "--weights", "random", "--image-size", 32, "--output-dir", tmp_path / "run"]
+    stdout, _ = torchrun(2, "finetune_resnet18", *flags).communicate(timeout=200)
+    assert stdout.count("final test accuracy") == 1 and (tmp_path / "run" / "model.pt").exists()
+
+
+def test_a_rank_that_dies_ends_the_job(tmp_path, small):
+    process = torchrun(2, "train_resnet", *small, "--max-steps", 500, "--epochs", 99,
+                       "--output-dir", tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    find = subprocess.run(["pgrep", "-f", f"train_resnet.py.*{tmp_path}"], capture_output=True)
+    *_, last = map(int, find.stdout.split())
+    os.kill(last, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1 and "exitcode  : -9" in stderr
+    assert subprocess.run(["pgrep", "-f", f"train_resnet.py.*{tmp_path}"]).returncode == 1
+
+
+def test_the_group_is_not_joined_without_torchrun():
+    assert utils.join_ranks(torch.device("cpu")) == (0, 1) and not dist.is_initialized()
