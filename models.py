@@ -158,7 +158,7 @@ def load_weights(model: nn.Module, path: Path | str, state: dict | None = None) 
 
 
 USER_ERROR = 2  # the exit status
-MOST_OPCODES = 2_000_000  # in a pickle; the official train has 0.4 million
+MOST_OPCODES = 1_000_000  # in a pickle; the official train has 0.4 million
 MOST_TUPLES = 10_000  # in a pickle; a checkpoint of part 2 has 1,400
 TENSOR_GLOBALS = re.compile(  # what a pickled dict of tensors calls
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch \w+Storage"

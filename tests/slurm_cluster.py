@@ -1,4 +1,7 @@
-"""Starts a Slurm cluster of one node on this machine: Debian's packages, as root."""
+"""Starts a Slurm cluster of one node on this machine: Debian's packages, as root.
+
+The node is named xk, for Slurm's qsub takes the ":xk" of "nodes=1:ppn=16:xk" for a name.
+"""
 
 import os
 import shutil
@@ -27,7 +30,7 @@ SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/slurmd.pid
 SlurmctldLogFile={directory}/slurmctld.log
 SlurmdLogFile={directory}/slurmd.log
-NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=250000 Gres=gpu:4 Feature=xk State=UNKNOWN
+NodeName=xk NodeHostname={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=250000 Gres=gpu:4
 PartitionName=gpuA100x4 Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -53,13 +56,13 @@ def start(directory: Path) -> list[subprocess.Popen]:
     (directory / "slurm.conf").write_text(CONFIGURATION.format(host=host, directory=directory))
     devices = ("null", "zero", "full", "random")  # what stands for four GPUs
     (directory / "gres.conf").write_text("".join(
-        f"NodeName={host} Name=gpu File=/dev/{device}\n" for device in devices))
+        f"NodeName=xk Name=gpu File=/dev/{device}\n" for device in devices))
     Path("/run/munge").mkdir(exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
     log = (directory / "log").open("wb")
     daemons = []
     for command in (["runuser", "-u", "munge", "--", "munged", "--foreground"],
-                    ["slurmctld", "-D"], ["slurmd", "-D", "-N", host]):
+                    ["slurmctld", "-D"], ["slurmd", "-D", "-N", "xk"]):
         daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
         time.sleep(1)
     for _ in range(60):

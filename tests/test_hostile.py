@@ -187,7 +187,7 @@ PICKLES = {
     "bytearray of 8 GB": b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R.",
     "16 million lists": b"\x80\x02(" + b"]" * 2**24 + b"l.",
     "a million tuples in each other": b"\x80\x02}(K\x00" + b"\x85" * 10**6 + b"K\x01u.",
-    "lists in each other": b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
+    "lists in each other": b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".",
     "one string encoded 10,000 times": (
         b"\x80\x02(X" + (2**20).to_bytes(4, "little") + b"x" * 2**20 + b"q\x000"
         + (ENCODE + b"h\x00U\x06latin1\x86R") * 10**4 + b"l."

@@ -1,0 +1,207 @@
+"""The job files, submitted to a real Slurm with no more changed than a user would on sbatch's line.
+
+A job of the qsub wrapper finds stand-ins for aprun and for Blue Waters' modules.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from conftest import contents, equal, write_binary
+from processes import ROOT, script
+
+import models
+
+SMALL = ["--device", "cpu", "--batch-size", 20]
+APRUN = """#!/bin/bash
+echo "aprun $*"
+[ "$1 $2 $3 $4 $5 $6 $7 $8 $9" = "-cc none -n 1 -N 1 -d 16" ] || exit 64
+shift 9
+[ "$1 $2" = "-b --" ] || exit 64
+shift 2
+exec "$@" $APRUN_FLAGS
+"""
+
+pytestmark = pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory):
+    daemons = slurm_cluster.start(tmp_path_factory.mktemp("slurm"))
+    yield
+    subprocess.run(["scancel", "--user", "root"])
+    for daemon in reversed(daemons):
+        daemon.terminate()
+        daemon.wait(30)
+
+
+@pytest.fixture
+def checkout(tmp_path, arrays, monkeypatch):
+    """The working directory: the repository as a user has it, with data and an environment."""
+    for path in (*ROOT.glob("*.py"), ROOT / "slurm"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(
+        f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    write_binary(tmp_path / "data", arrays)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CIFAR100_DIR", raising=False)
+    return tmp_path
+
+
+def submit(*arguments) -> str:
+    """Submit a job; return its number."""
+    command = list(map(str, ["sbatch", "--parsable", *arguments]))
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def job(number: str) -> dict[str, str]:
+    """Return what Slurm knows of a job."""
+    command = ["scontrol", "--oneliner", "show", "job", number]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(re.findall(r"(\w+)=(\S+)", shown))
+
+
+def wait_for(number: str, reached, seconds: float = 200) -> dict[str, str]:
+    """Wait until `reached(job)`; a requeued job starts at once instead of two minutes later."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        known = job(number)
+        if reached(known):
+            return known
+        if known["JobState"] == "PENDING" and known["Reason"] == "BeginTime":
+            subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"])
+        time.sleep(0.5)
+    raise AssertionError(f"{known['JobState']}: {log_of(number)}")
+
+
+def ended(known: dict[str, str]) -> bool:
+    """Return whether a job is over."""
+    return known["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def log_of(number: str) -> str:
+    """Return what a job has printed."""
+    (log,) = Path().glob(f"*-{number}.log")
+    return log.read_text()
+
+
+def test_an_array_trains_a_seed_in_each_job(checkout, monkeypatch):
+    """And reads the data from the node's own disk."""
+    monkeypatch.setenv("SLURM_TMPDIR", str(checkout / "local"))
+    (checkout / "local").mkdir()
+    number = submit("--array=0-1", "slurm/one_gpu.sbatch", "train_resnet", *SMALL, "--epochs", 1)
+    for task in "01":
+        known = wait_for(f"{number}_{task}", ended)
+        assert known["JobState"] == "COMPLETED"
+        assert f"--data-dir {checkout}/local/data " in log_of(known["JobId"])
+    weights = [contents(checkout / f"output/train_resnet-seed{task}")["model.pt"] for task in "01"]
+    assert weights[0] != weights[1]
+
+
+def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkout):
+    """A checkpoint at every step makes it longer than the time until Slurm's signal."""
+    flags = [*SMALL, "--weights", "random", "--image-size", 32, "--epochs", 10]
+    number = submit("--time=1", "--signal=B:USR2@40", "slurm/one_gpu.sbatch", "finetune_resnet18",
+                    *flags, "--checkpoint-minutes", 0)
+    known = wait_for(number, ended)
+    log = log_of(number)
+    assert (known["JobState"], known["Restarts"]) == ("COMPLETED", "1"), log
+    assert len(re.findall("SIGUSR2: stopped in epoch .* saved in", log)) == 1
+    epochs = [line.split()[1] for line in log.splitlines() if "img/s" in line]
+    assert epochs == [f"{epoch}/10" for epoch in range(1, 11)], "the log reads as one run"
+    data_dir = checkout / "data"
+    unlimited = script("finetune_resnet18", *flags, "--data-dir", data_dir, "--output-dir",
+                       checkout / "whole")
+    assert unlimited.stdout.splitlines()[-1] == log.splitlines()[-1]
+    for name in ("model.pt", "metrics.csv"):
+        requeued = contents(checkout / "output/finetune_resnet18-seed0")[name]
+        assert requeued == contents(checkout / "whole")[name]
+
+
+def test_scancel_leaves_a_checkpoint_and_no_job(checkout):
+    number = submit("slurm/one_gpu.sbatch", "train_resnet", *SMALL, "--epochs", 99)
+    wait_for(number, lambda known: known["JobState"] == "RUNNING" and "img/s" in log_of(number))
+    subprocess.run(["scancel", number], check=True)
+    known = wait_for(number, ended)
+    assert (known["JobState"], known["Restarts"]) == ("CANCELLED", "0")
+    wait_for(number, lambda known: "SIGTERM: stopped in epoch" in log_of(number))
+    state = models.load_tensors(checkout / "output/train_resnet-seed0/checkpoint.pt")
+    assert state["position"]["epoch"] >= 1
+
+
+def test_restarts_are_capped(checkout):
+    number = submit("--export=ALL,MOST_RESTARTS=1", "slurm/one_gpu.sbatch", "train_resnet", *SMALL,
+                    "--max-minutes", 0.001)
+    known = wait_for(number, ended)
+    assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "75:0", "1")
+    assert "stopped after 1 restarts; the same sbatch command goes on" in log_of(number)
+
+
+def test_an_error_does_not_requeue(checkout):
+    number = submit("slurm/one_gpu.sbatch", "train_resnet", *SMALL, "--lr", "1e30")
+    known = wait_for(number, ended)
+    assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "1:0", "0")
+    assert "the loss was not finite" in log_of(number)
+
+
+def test_several_gpus_stop_together_requeue_and_finish(checkout):
+    number = submit("--gpus-per-node=2", "slurm/ddp.sbatch", "train_resnet", *SMALL, "--epochs", 6)
+    wait_for(number, lambda known: known["JobState"] == "RUNNING" and "img/s" in log_of(number))
+    subprocess.run(["scancel", "--batch", "--signal=USR2", number], check=True)
+    known = wait_for(number, ended)
+    log = log_of(number)
+    assert (known["JobState"], known["Restarts"]) == ("COMPLETED", "1"), log
+    assert log.count("2 x CPU") == 2 and log.count("SIGUSR2: stopped in epoch") == 1
+    state = models.load_tensors(checkout / "output/train_resnet-ddp/checkpoint.pt")
+    weights = models.load_tensors(checkout / "output/train_resnet-ddp/model.pt")
+    assert len(state["ranks"]) == 2 and equal(dict(state["model"]), weights)
+
+
+@pytest.fixture
+def blue_waters(checkout, monkeypatch):
+    """Stand-ins for what is Cray's own."""
+    if Path("/opt/modules").exists():
+        pytest.skip("this machine has modules of its own")
+    (checkout / "bin").mkdir()
+    (checkout / "bin" / "aprun").write_text(APRUN)
+    (checkout / "bin" / "aprun").chmod(0o755)
+    Path("/opt/modules/default/init").mkdir(parents=True)
+    Path("/opt/modules/default/init/bash").write_text("module() { echo \"module $*\"; }\n")
+    monkeypatch.setenv("PATH", f"{checkout}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    yield checkout
+    shutil.rmtree("/opt/modules")
+
+
+@pytest.mark.parametrize("name, minutes, flags", [
+    ("train_resnet", 170, ""),
+    ("finetune_resnet18", 230, "--weights random --image-size 32"),
+])
+def test_the_pbs_files_chain_themselves(blue_waters, monkeypatch, name, minutes, flags):
+    """One epoch a job by aprun's stand-in: a run of one step, and its end in the next job."""
+    monkeypatch.setenv("APRUN_FLAGS", f"{flags} --device cpu --epochs 1 --batch-size 200 "
+                                      "--max-minutes 0.001")
+    command = ["qsub", f"slurm/{name}.pbs"]
+    first = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    number = re.match(r"\d+", first)[0]
+    assert wait_for(number, ended)["ExitCode"] == "75:0"
+    second = str(int(number) + 1)
+    assert job(second)["JobName"] == name
+    assert wait_for(second, ended)["ExitCode"] == "0:0"
+    (first_log, second_log) = sorted(Path().glob(f"{name}.*out*"))
+    says = f"aprun -cc none -n 1 -N 1 -d 16 -b -- python {name}.py --output-dir output/{name} "
+    for log in (first_log, second_log):
+        assert f"{says}--resume --max-minutes {minutes}\n" in log.read_text()
+    assert "final test accuracy" in second_log.read_text()
+
+
+def test_shellcheck_passes():
+    if not shutil.which("shellcheck"):
+        pytest.skip("needs shellcheck")
+    subprocess.run(["shellcheck", *(ROOT / "slurm").iterdir()], check=True)
