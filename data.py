@@ -93,18 +93,20 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     if name == "synthetic":
         return synthetic()
     data_dir = Path(data_dir)
-    if data_dir.suffix in (".gz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
-        raise UserError(f"--data-dir {data_dir}: no such file")
-    with rank_0_first():  # who downloads it, if need be
-        path = find(data_dir)
-        if path is None:
-            if not download:
-                raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
-            path = fetch(url or URL, data_dir)
+    path = data_dir
     try:
+        if data_dir.suffix in (".gz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
+            raise UserError(f"--data-dir {data_dir}: no such file")
+        with rank_0_first():  # who downloads it, if need be
+            path = find(data_dir)
+            if path is None:
+                if not download:
+                    raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
+                path = fetch(url or URL, data_dir)
         return read(path)
     except (OSError, MemoryError) as error:
-        raise UserError(f"{path}: cannot be read: {error or 'not enough memory'}") from error
+        reason = error or "not enough memory"
+        raise UserError(f"{path or data_dir}: cannot be read: {reason}") from error
 
 
 def find(data_dir: Path) -> Path | None:

@@ -6,7 +6,9 @@ them, how such files are written whole and read safely.
 """
 
 import contextlib
+import errno
 import hashlib
+import http.client
 import io
 import logging
 import os
@@ -122,7 +124,7 @@ def _imagenet_weights(weights: str | None, download: bool) -> tuple[str, dict | 
     if download:
         try:
             return official.url, official.get_state_dict(check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:  # no network, no space, a wrong hash
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # or a wrong hash
             reason = f"downloading {official.url} failed: {error}"
     raise UserError(
         f"no ImageNet weights ({reason}); put {RESNET18_FILES[1]} beside {Path(__file__).name}, or "
@@ -236,7 +238,7 @@ def load_tensors(path: Path | str) -> dict:
     except Refused as error:
         raise DamagedFile(f"{path}: {error}") from error
     except Exception as error:  # a damaged file can raise anything
-        if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
+        if isinstance(error, OSError) and error.errno not in (None, errno.EIO):  # of the place
             raise UserError(f"{path}: cannot be read ({error})") from error
         reason = f"not a PyTorch file, or a damaged one ({type(error).__name__})"
         raise DamagedFile(f"{path}: {reason}") from error

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import datetime
 import errno
 import importlib.util
 import io
@@ -44,7 +45,7 @@ except ImportError:  # Windows
 
 log = logging.getLogger("cifar100")
 
-RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
+RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0  # of this process
 STARTED = time.monotonic()  # seconds; of this process, as near as a module can tell
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
 FIRST_SAVE = 10  # seconds that a save is taken to last until one has been timed
@@ -92,6 +93,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "out of memory: try a smaller --batch-size", USER_ERROR
     if isinstance(error, OSError):
         return f"cannot go on: {error}", 1
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        return "batch norm cannot train on one image: try another --batch-size", USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
@@ -163,7 +166,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
         help="hold out N training images, the same number from each class, to choose settings by")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="auto: on CUDA bf16 or else fp16 where the chip computes in it, fp32 otherwise")
+        help="auto: bf16, or on CUDA else fp16, where the chip computes in it; fp32 otherwise")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
         help="torch.compile; by default on CUDA from compute capability 7.0 on")
     add("--checkpoint-minutes", type=number(float, 0), default=10, metavar="M",
@@ -285,7 +288,8 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
     # torch.compile needs) from 7.0. A K20X has 3.5: fp32, uncompiled.
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision == "auto":
-        precision = "bf16" if capability >= (8, 0) else "fp16" if capability >= (5, 3) else "fp32"
+        bf16 = (device.type == "cpu" and cpu_computes_in_bf16()) or capability >= (8, 0)
+        precision = "bf16" if bf16 else "fp16" if capability >= (5, 3) else "fp32"
     dtype = {name: dtype for dtype, name in PRECISIONS.items()}[precision]
     if compile_model is None:
         compile_model = capability >= (7, 0) and bool(importlib.util.find_spec("triton"))
@@ -298,6 +302,12 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
     return Runtime(device, dtype, compile_model, memory_format, *join_ranks(device))
 
 
+def cpu_computes_in_bf16() -> bool:
+    """Return whether this CPU multiplies bf16 faster than fp32, as far as torch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def join_ranks(device: torch.device) -> tuple[int, int]:
     """Join the other processes of torchrun; return (rank, ranks), which is (0, 1) without it."""
     if not dist.is_torchelastic_launched():
@@ -308,7 +318,8 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     # With gloo beside NCCL, what the hosts agree on does not wait for the devices.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(hours=3))  # so long rank 0 may download
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -647,7 +658,6 @@ class Run:
                 log.info(f"warning    {line}; the checkpoint before it is used")
             if path.name != CHECKPOINTS[0]:  # or the next save would put a damaged one in its place
                 os.replace(path, self.output_dir / CHECKPOINTS[0])
-            self._write_tables()
             last = f" (test acc {self.history[-1]['test_acc']:.2%})" if self.history else ""
             log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
             return state
@@ -667,7 +677,7 @@ class Run:
             reason = f"not a whole checkpoint of this script ({' '.join(str(error).split())[:200]})"
             raise DamagedFile(f"{path}: {reason}") from error
         if before != f"{self.runtime}, torch {torch.__version__}":
-            log.info(f"note       {path} comes from {before}: the rest may differ in rounding")
+            log.info(f"note       {path} comes from {before}: the end will not be the same bits")
         return state
 
     def _check_settings(self, path: Path, script: str, settings: dict) -> None:
@@ -789,6 +799,5 @@ def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         count = torch.full_like(loss, len(labels))
         sums.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), count]))
-    total = runtime.reduce(torch.stack(sums).cpu().double().sum(0))
-    loss, correct, top5, count = total.tolist()
+    loss, correct, top5, count = runtime.reduce(torch.stack(sums)).sum(0).tolist()
     return Metrics(loss / count, correct / count, top5 / count, int(count))

@@ -42,6 +42,8 @@ def call(function: Callable, *arguments, cwd: Path = ROOT, before: Callable | No
     given; else it must end within 300.
     """
     texts = Path(tempfile.mkdtemp())
+    for name in ("stdout", "stderr"):
+        (texts / name).touch()
     try:
         process = _CONTEXT.Process(target=_begin, args=(texts, cwd, before, function, arguments))
         process.start()

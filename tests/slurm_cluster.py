@@ -3,11 +3,13 @@
 The node is named xk, for Slurm's qsub takes the ":xk" of "nodes=1:ppn=16:xk" for a name.
 """
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "qsub")
@@ -16,7 +18,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
@@ -47,8 +49,9 @@ def _path() -> str:
     return os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 
-def start(directory: Path) -> list[subprocess.Popen]:
-    """Start munged, slurmctld and slurmd; return them. Sets SLURM_CONF, which the commands read."""
+@contextlib.contextmanager
+def running(directory: Path) -> Iterator[None]:
+    """Run munged, slurmctld and slurmd. Sets SLURM_CONF, which the commands read."""
     os.environ |= {"SLURM_CONF": str(directory / "slurm.conf"), "PATH": _path()}
     for name in ("state", "spool"):
         (directory / name).mkdir()
@@ -59,15 +62,29 @@ def start(directory: Path) -> list[subprocess.Popen]:
         f"NodeName=xk Name=gpu File=/dev/{device}\n" for device in devices))
     Path("/run/munge").mkdir(exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
-    log = (directory / "log").open("wb")
     daemons = []
-    for command in (["runuser", "-u", "munge", "--", "munged", "--foreground"],
-                    ["slurmctld", "-D"], ["slurmd", "-D", "-N", "xk"]):
-        daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
-        time.sleep(1)
-    for _ in range(60):
-        nodes = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout
-        if nodes.strip() == "idle":
-            return daemons
+    try:
+        with (directory / "log").open("wb") as log:
+            for command in (["runuser", "-u", "munge", "--", "munged", "--foreground"],
+                            ["slurmctld", "-D"], ["slurmd", "-D", "-N", "xk"]):
+                daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
+                time.sleep(1)
+        _wait_for_answer(["sinfo", "-h", "-o", "%T"], "idle")
+        yield
+        subprocess.run(["scancel", "--user", "root"], check=True)
+        _wait_for_answer(["squeue", "-h"], "")
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(60)
+
+
+def _wait_for_answer(command: list[str], answer: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode == 0 and process.stdout.strip() == answer:
+            return
         time.sleep(0.5)
-    raise AssertionError(f"Slurm does not start, see {directory}")
+    raise AssertionError(f"{' '.join(command)}: {process.stdout}{process.stderr}")

@@ -15,12 +15,9 @@ import torch
 import torch.nn.functional as F
 from conftest import NAMES, SHARED, needs_data, pack, write_binary, write_hdf5, write_python
 from processes import ROOT
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
-import models
 from models import UserError
-from utils import Runtime
 
 
 def same(dataset: data.Dataset, arrays: dict) -> bool:
@@ -394,21 +391,3 @@ def test_images_come_normalised_and_resized(runtime):
     torch.testing.assert_close(
         small, F.interpolate(expected, (16, 16), mode="bilinear", antialias=True)
     )
-
-
-@pytest.mark.parametrize("part, size", [(1, 32), (1, 20), (2, 224)])
-def test_the_data_path_and_the_forward_pass_stay_on_the_gpu(part, size):
-    """On torch's fake CUDA device a tensor made on the wrong device raises; no GPU is needed."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        runtime = Runtime(torch.device("cuda"), torch.bfloat16, False, torch.channels_last)
-        split = data.Split(torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.arange(50))
-        stats = data.CIFAR100_STATS if part == 1 else data.IMAGENET_STATS
-        batches = data.Batches(split, 20, stats, runtime)
-        with torch.device("cuda"):  # fake modules cannot be moved
-            model = models.ResNet() if part == 1 else models.resnet18("random")
-        for given in (batches.shuffled(0, 0, 0, size), batches.in_order(size)):
-            for images, labels, *_ in given:
-                with runtime.autocast():
-                    loss = F.cross_entropy(model(images), labels)
-                assert images.shape[1:] == (3, size, size)
-                assert loss.device.type == labels.device.type == "cuda"

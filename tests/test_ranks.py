@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -147,14 +148,32 @@ def test_part_2_runs_under_torchrun(tmp_path, small):
     assert stdout.count("final test accuracy") == 1 and (tmp_path / "run" / "model.pt").exists()
 
 
-def test_a_rank_that_dies_ends_the_job(tmp_path, small):
-    process = torchrun(2, "train_resnet", *small, "--max-steps", 500, "--epochs", 99,
-                       "--output-dir", tmp_path)
+def workers_at_work(process: subprocess.Popen) -> list[int]:
+    """Wait until the first epoch is told; return the process numbers of torchrun's workers."""
+    timer = threading.Timer(200, process.kill)
+    timer.start()
     for line in process.stdout:
         if line.startswith("epoch"):
             break
-    find = subprocess.run(["pgrep", "-f", f"train_resnet.py.*{tmp_path}"], capture_output=True)
-    *_, last = map(int, find.stdout.split())
+    timer.cancel()
+    find = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True)
+    return sorted(map(int, find.stdout.split()))
+
+
+def test_a_signal_to_one_rank_stops_them_all(tmp_path, small):
+    process = torchrun(2, "train_resnet", *small, "--max-steps", 500, "--epochs", 99,
+                       "--output-dir", tmp_path)
+    _, last = workers_at_work(process)
+    os.kill(last, signal.SIGUSR2)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and stderr.count("SIGUSR2: stopped in epoch") == 1
+    assert len(models.load_tensors(tmp_path / "checkpoint.pt")["ranks"]) == 2
+
+
+def test_a_rank_that_dies_ends_the_job(tmp_path, small):
+    process = torchrun(2, "train_resnet", *small, "--max-steps", 500, "--epochs", 99,
+                       "--output-dir", tmp_path)
+    _, last = workers_at_work(process)
     os.kill(last, signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1 and "exitcode  : -9" in stderr

@@ -102,7 +102,7 @@ def test_eval_only_prints_the_same_test_accuracy(finished, name):
 
 def test_a_held_out_split_is_printed_beside_the_test_set(tmp_path):
     process = script("train_resnet", *SMALL["train_resnet"], *SIX_STEPS, "--val-size", 100,
-                     "--low-res-epochs", 1, "--output-dir", tmp_path / "run")
+                     "--low-res", 1, "--output-dir", tmp_path / "run")
     assert "4,900 training, 100 validation and 1,000 test images" in process.stdout
     assert re.search(r"train loss .*  val loss .* top5 .*  test loss .* top5 ", process.stdout)
     assert {"val_acc", "test_acc"} <= set(rows(tmp_path / "run")[0])

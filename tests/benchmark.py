@@ -1,0 +1,197 @@
+"""How fast both parts train and evaluate, beside the machine's matrix product and a plain loop.
+
+    python tests/benchmark.py                  10 s for each number in each of 3 rounds
+    python tests/benchmark.py --device cuda    adds the peak memory and the time the device is busy
+
+The numbers of a round are measured one after the other and the table shows medians over the rounds,
+so that a machine whose speed drifts changes all of them alike. The limit is the product of two
+float32 matrices of 2048 x 2048. The plain loop is what people write first: part 1's network and
+batch size, a DataLoader with a worker for each core, PIL transforms, float32, SGD, no compilation.
+"""
+
+import argparse
+import functools
+import importlib
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import models
+import utils
+
+IMAGES = 2000  # of random pixels; both batch sizes divide it
+MULTIPLY_ADDS = {"train_resnet": 214.8e6 / 32**2, "finetune_resnet18": 1814e6 / 224**2}  # a pixel
+SIZES = {"train_resnet": (20, 32), "finetune_resnet18": (112, 224)}  # the last one is evaluated
+
+
+class Task(NamedTuple):
+    """`run(n)` does n batches of `batch_size` images, of `flop` operations each."""
+
+    name: str
+    run: Callable[[int], None]
+    batch_size: int
+    flop: float
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype, size: int = 2048) -> Task:
+    """Return the task of multiplying matrices; its images are products."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            a @ b
+
+    return Task(f"matrix product, {str(dtype)[6:]}", run, 1, 2 * size**3)
+
+
+def our_tasks(name: str, flags: list[str], images: data.Split) -> list[Task]:
+    """Return the training of a script at each of its sizes, and its evaluation."""
+    sys.argv = [name, *flags, "--output-dir", tempfile.gettempdir() + "/no run is here"]
+    script = importlib.import_module(name)
+    args = script.parse_args()
+    runtime = utils.choose_runtime(args.device, args.precision, args.compile)
+    model = models.ResNet() if name == "train_resnet" else models.resnet18("random")
+    model = runtime.place(model)
+    optimizer, scheduler = script.make_optimizer(model, args, 10**6, runtime)
+    batches = data.Batches(images, args.batch_size, data.CIFAR100_STATS, runtime)
+    tested = data.Batches(images, script.EVAL_BATCH, data.CIFAR100_STATS, runtime)
+    dataset = data.Dataset("random", images, images, (), "")
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler,
+             "scaler": runtime.scaler()}
+
+    def train(size: int, n: int) -> None:
+        run = utils.Run(args, runtime, dataset, n, n, [size], parts)
+        forever = itertools.chain.from_iterable(
+            batches.shuffled(0, epoch, 0, size) for epoch in itertools.count())
+        utils.train_one_epoch(run, forever, args.label_smoothing)
+
+    def evaluate(size: int, n: int) -> None:
+        forever = itertools.chain.from_iterable(tested.in_order(size) for _ in itertools.count())
+        utils.evaluate(model, itertools.islice(forever, n), runtime)
+
+    flop = {size: 2 * MULTIPLY_ADDS[name] * size**2 for size in SIZES[name]}
+    small, full = SIZES[name]
+    return [
+        Task(f"{name}, training at {small}", functools.partial(train, small), args.batch_size,
+             3 * flop[small]),
+        Task(f"{name}, training at {full}", functools.partial(train, full), args.batch_size,
+             3 * flop[full]),
+        Task(f"{name}, evaluation at {full}", functools.partial(evaluate, full),
+             script.EVAL_BATCH, flop[full]),
+    ]
+
+
+class PilImages(Dataset):
+    """Images through PIL, as torchvision's CIFAR100 gives them."""
+
+    def __init__(self, images: data.Split):
+        self.pixels = images.images.permute(0, 2, 3, 1).numpy()
+        self.labels = images.labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(*data.CIFAR100_STATS),
+        ])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def plain_loop(device: torch.device, images: data.Split, batch_size: int) -> Task:
+    """Return part 1's training as people write it first."""
+    model = models.ResNet().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
+    loader = DataLoader(PilImages(images), batch_size, shuffle=True, persistent_workers=True,
+                        num_workers=torch.get_num_threads(), pin_memory=device.type == "cuda")
+    forever = itertools.chain.from_iterable(loader for _ in itertools.count())
+
+    def run(n: int) -> None:
+        model.train()
+        for pixels, labels in itertools.islice(forever, n):
+            loss = F.cross_entropy(model(pixels.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return Task("plain loop, training at 32", run, batch_size,
+                3 * 2 * MULTIPLY_ADDS["train_resnet"] * 32**2)
+
+
+def seconds(run: Callable[[int], None], n: int, device: torch.device) -> float:
+    """Return the time that n batches take, to their end on the device."""
+    began = time.perf_counter()
+    run(n)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def busy(task: Task, n: int, device: torch.device) -> float:
+    """Return the fraction of the time in which kernels run on the device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        wall = seconds(task.run, n, device)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / wall
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", help="of both scripts; auto: theirs")
+    parser.add_argument("--seconds", type=float, default=10, help="for a number in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    runtime = utils.choose_runtime(args.device, args.precision, None)
+    device = runtime.device
+    images = data.Split(torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8),
+                        torch.arange(IMAGES) % data.CLASSES)
+    flags = ["--device", args.device, "--precision", args.precision]
+    part1, part2 = (our_tasks(name, flags, images) for name in SIZES)
+    tasks = [matrix_product(device, torch.float32), matrix_product(device, runtime.dtype),
+             *part1, plain_loop(device, images, part1[0].batch_size), *part2]
+
+    rates: list[list[float]] = [[] for _ in tasks]
+    counts, extras = [], []
+    for task in tasks:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds(task.run, 2, device)  # a warm-up, and a compilation where there is one
+        counts.append(max(2, round(2 * args.seconds / seconds(task.run, 2, device))))
+        peak = f"{utils.peak_memory(device):8.2f} GB"
+        extras.append(peak if device.type == "cpu" else
+                      f"{peak}{busy(task, counts[-1], device):8.0%}")
+    for _ in range(args.rounds):
+        for task, count, rate in zip(tasks, counts, rates, strict=True):
+            rate.append(count * task.batch_size / seconds(task.run, count, device))
+
+    medians = [statistics.median(rate) for rate in rates]
+    limit = medians[0] * tasks[0].flop
+    print(f"{runtime}, torch {torch.__version__}, {args.rounds} rounds")
+    print(f"{'':36} {'images/s':>10} {'GFLOP/s':>9} {'of fp32':>8} {'peak so far':>12}"
+          + f"{'busy':>7}" * (device.type == "cuda"))
+    for task, rate, extra in zip(tasks, medians, extras, strict=True):
+        shown = f"{rate:10.1f}" if task.batch_size > 1 else " " * 10
+        flop = rate * task.flop
+        print(f"{task.name:36} {shown} {flop / 1e9:9.0f} {flop / limit:8.2f} {extra:>12}")
+    plain = next(k for k, task in enumerate(tasks) if task.name.startswith("plain"))
+    ratio = medians[plain - 2] / medians[plain]
+    print(f"part 1 at 32 trains {ratio:.2f} times as fast as the plain loop")
+
+
+if __name__ == "__main__":
+    main()
