@@ -1,7 +1,10 @@
 """How fast both parts train and evaluate, beside the machine's matrix product and a plain loop.
 
     python tests/benchmark.py                  10 s for each number in each of 3 rounds
-    python tests/benchmark.py --device cuda    adds the peak memory and the time the device is busy
+    python tests/benchmark.py --device cuda    adds the time in which the device is busy
+    python tests/benchmark.py --time python train_resnet.py --epochs 6
+                                               minutes of a command, also normalised: those of a
+                                               machine that multiplies matrices at 184 GFLOP/s
 
 The numbers of a round are measured one after the other and the table shows medians over the rounds,
 so that a machine whose speed drifts changes all of them alike. The limit is the product of two
@@ -14,6 +17,7 @@ import functools
 import importlib
 import itertools
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +36,7 @@ import data
 import models
 import utils
 
+NORMAL = 184e9  # FLOP/s of the product of two float32 matrices of 2048 x 2048
 IMAGES = 2000  # of random pixels; both batch sizes divide it
 MULTIPLY_ADDS = {"train_resnet": 214.8e6 / 32**2, "finetune_resnet18": 1814e6 / 224**2}  # a pixel
 SIZES = {"train_resnet": (20, 32), "finetune_resnet18": (112, 224)}  # the last one is evaluated
@@ -148,6 +153,22 @@ def busy(task: Task, n: int, device: torch.device) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / wall
 
 
+def time_command(command: list[str]) -> int:
+    """Run a command between two measurements of the machine's speed; return its exit status."""
+    product = matrix_product(torch.device("cpu"), torch.float32)
+
+    def speed() -> float:
+        seconds(product.run, 20, torch.device("cpu"))  # a warm-up
+        return 100 * product.flop / seconds(product.run, 100, torch.device("cpu"))
+
+    before, began = speed(), time.perf_counter()
+    status = subprocess.run(command).returncode
+    minutes, after = (time.perf_counter() - began) / 60, speed()
+    print(f"{minutes:.1f} min at {before / 1e9:.0f} GFLOP/s before and {after / 1e9:.0f} after: "
+          f"{minutes * (before + after) / 2 / NORMAL:.1f} normalised min")
+    return status
+
+
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -155,7 +176,10 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="of both scripts; auto: theirs")
     parser.add_argument("--seconds", type=float, default=10, help="for a number in a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--time", nargs=argparse.REMAINDER, help="only time this command")
     args = parser.parse_args()
+    if args.time:
+        sys.exit(time_command(args.time))
     runtime = utils.choose_runtime(args.device, args.precision, None)
     device = runtime.device
     images = data.Split(torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8),
