@@ -138,32 +138,71 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def common_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags of both scripts; each script sets its own defaults."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """100 columns, examples as they stand, and the defaults of the flags that have one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=100)
+
+    def _get_help_string(self, action) -> str:
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
+def common_parser(docstring: str) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
+    """Return a parser with the flags of both scripts, and its group for those of a recipe.
+
+    Each script sets its own defaults. `docstring` is a title and, below it, examples.
+    """
+    title, _, examples = docstring.partition("\n\n")
     parser = OneLineParser(
-        description=description.partition("\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
+        description=title, epilog=examples, allow_abbrev=False, formatter_class=HelpFormatter)
+    add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("cifar100", "synthetic"), default="cifar100",
         help="synthetic: made-up images of 100 classes, which need no file")
     add("--data-dir", default=os.environ.get("CIFAR100_DIR", "data"), metavar="PATH",
-        help="where CIFAR-100 is or goes: a directory, or the archive or HDF5 file itself")
+        help="where CIFAR-100 is or goes: a directory, or the archive or HDF5 file itself; by "
+             "default $CIFAR100_DIR")
     add("--data-url", metavar="URL", help="a mirror of the official archive")
     add("--no-download", action="store_true", help="fail rather than download (offline nodes)")
-    add("--output-dir", type=Path, metavar="DIR", help="where the files of the run go")
+    add("--val-size", type=number(int, 0), default=0, metavar="N",
+        help="hold out N training images, the same number from each class, to choose settings by")
+    recipe = parser.add_argument_group("recipe")
+    _add_recipe_flags(recipe.add_argument)
+    _add_output_flags(parser.add_argument_group("output"))
+    _add_machine_flags(parser.add_argument_group("machine and job").add_argument)
+    return parser, recipe
+
+
+def _add_recipe_flags(add: Callable) -> None:
     add("--epochs", type=number(int, 1), metavar="N", help="passes over the training set")
     add("--max-steps", type=number(int, 1), metavar="N",
         help="end after N optimizer steps, and anneal the learning rate over these")
     add("--batch-size", type=number(int, 2), metavar="N", help="images per optimizer step")
-    add("--lr", type=number(float, 1e-9), metavar="LR", help="peak learning rate")
-    add("--weight-decay", type=number(float, 0), metavar="WD", help="L2 penalty on all parameters")
+    add("--lr", type=number(float, 1e-9), metavar="LR",
+        help="peak learning rate (part 1: of the convolutions; the rest has its own)")
+    add("--weight-decay", type=number(float, 0), metavar="WD",
+        help="weight decay, as a fraction of the rate (part 1: of the convolutions)")
     add("--label-smoothing", type=number(float, 0, 1), metavar="P",
         help="probability spread over all classes, in the training loss")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N",
         help="of initial weights, order, augmentation and dropout")
-    add("--val-size", type=number(int, 0), default=0, metavar="N",
-        help="hold out N training images, the same number from each class, to choose settings by")
+
+
+def _add_output_flags(output) -> None:
+    output.add_argument("--output-dir", type=Path, metavar="DIR",
+        help="where the files of the run go")
+    existing = output.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true",
+        help="go on from the checkpoint in --output-dir, if there is one")
+    existing.add_argument("--overwrite", action="store_true",
+        help="replace the run that is in --output-dir")
+    output.add_argument("--eval-only", action="store_true",
+        help="only test the model.pt in --output-dir")
+    output.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_machine_flags(add: Callable) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16, or on CUDA else fp16, where the chip computes in it; fp32 otherwise")
@@ -173,14 +212,6 @@ def common_parser(description: str) -> argparse.ArgumentParser:
         help="save every M minutes within an epoch, and at its end")
     add("--max-minutes", type=number(float, 0.001), metavar="M",
         help="save and stop with exit status 75 before M minutes are over (batch jobs)")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true",
-        help="go on from the checkpoint in --output-dir, if there is one")
-    existing.add_argument("--overwrite", action="store_true",
-        help="replace the run that is in --output-dir")
-    add("--eval-only", action="store_true", help="only test the model.pt in --output-dir")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:

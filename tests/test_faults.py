@@ -130,10 +130,11 @@ def test_a_run_killed_at_any_moment_ends_the_same(whole, name, tmp_path, pytestc
     rng, kills, runs = random.Random(name), dict.fromkeys(KILLS, 0), 0
     while sum(kills.values()) < wanted:
         output_dir, log, status = tmp_path / str(runs), [], -1
+        flags = rng.choice([EVERY_STEP, []])
         while status:
             kind = min(KILLS, key=kills.get)  # the rarest so far
             how = draw_kill(rng, kind, run.seconds) if sum(kills.values()) < wanted else {}
-            process = run.script(output_dir, *rng.choice([EVERY_STEP, []]), **how)
+            process = run.script(output_dir, *flags, **how)
             status = process.returncode
             assert status in (0, -signal.SIGKILL), process.stderr
             if status:
@@ -289,6 +290,21 @@ def test_a_checkpoint_with_flipped_bytes_is_never_believed(stopped, tmp_path):
             assert equal(models.load_tensors(tmp_path / "checkpoint.pt"), original)
         except models.DamagedFile as error:
             assert "\n" not in str(error)
+
+
+def test_a_last_batch_of_one_image_is_one_line(tmp_path, data_dir):
+    """Where the last maps are of one pixel, batch norm has nothing to average over."""
+    process = script("finetune_resnet18", *SMALL["finetune_resnet18"], "--data-dir", data_dir,
+                     "--batch-size", 199, "--output-dir", tmp_path)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    assert "batch norm cannot train on one image: try another --batch-size" in process.stderr
+
+
+def test_a_disk_that_fails_to_read_is_damage(tmp_path):
+    """The first page of a process's memory cannot be read: EIO, as of a bad sector."""
+    (tmp_path / "checkpoint.pt").symlink_to("/proc/self/mem")
+    with pytest.raises(models.DamagedFile):
+        models.load_tensors(tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "missing"])

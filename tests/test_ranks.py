@@ -142,6 +142,14 @@ def test_torchrun_stops_and_resumes_to_the_same_bits_and_with_other_ranks(tmp_pa
     assert re.search(r"note .* comes from 2 x CPU.*\nresume     after 0 epochs", alone.stdout)
 
 
+def test_a_run_of_one_process_goes_on_in_two(tmp_path, small):
+    flags = [*small, "--resume", "--output-dir", tmp_path]
+    assert script("train_resnet", *flags, "--max-minutes", 0.001).returncode == utils.STOPPED
+    stdout, _ = torchrun(2, "train_resnet", *flags).communicate(timeout=200)
+    says = r"note .* comes from CPU.*: the end will not be the same bits\nresume     after 0 epochs"
+    assert re.search(says, stdout) and "final test accuracy" in stdout
+
+
 def test_part_2_runs_under_torchrun(tmp_path, small):
     flags = [*small, "--weights", "random", "--image-size", 32, "--output-dir", tmp_path / "run"]
     stdout, _ = torchrun(2, "finetune_resnet18", *flags).communicate(timeout=200)
@@ -178,6 +186,15 @@ def test_a_rank_that_dies_ends_the_job(tmp_path, small):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1 and "exitcode  : -9" in stderr
     assert subprocess.run(["pgrep", "-f", f"train_resnet.py.*{tmp_path}"]).returncode == 1
+
+
+def test_on_cuda_batch_norm_is_synchronised(monkeypatch):
+    model = models.ResNet()
+    monkeypatch.setattr(model, "to", lambda *_, **__: model)  # no GPU is needed
+    cuda = torch.device("cuda")
+    utils.Runtime(cuda, torch.float32, False, torch.channels_last, 0, ranks=2).place(model)
+    kinds = [type(module) for module in model.modules() if "Norm" in type(module).__name__]
+    assert kinds == [torch.nn.SyncBatchNorm] * 28
 
 
 def test_the_group_is_not_joined_without_torchrun():

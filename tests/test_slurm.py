@@ -3,9 +3,12 @@
 A job of the qsub wrapper finds stand-ins for aprun and for Blue Waters' modules.
 """
 
+import csv
+import io
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -101,8 +104,15 @@ def test_an_array_trains_a_seed_in_each_job(checkout):
     number = submit("--array=0-1", "slurm/one_gpu.sbatch", "train_resnet", *SMALL, "--epochs", 1)
     for task in "01":
         assert wait_for(f"{number}_{task}", ended)["JobState"] == "COMPLETED"
-    weights = [contents(checkout / f"output/train_resnet-seed{task}")["model.pt"] for task in "01"]
-    assert weights[0] != weights[1]
+    ends = [contents(checkout / f"output/train_resnet-seed{task}") for task in "01"]
+    assert ends[0]["model.pt"] != ends[1]["model.pt"]
+    readme = (ROOT / "README.md").read_text().splitlines()
+    (summary,) = (line for line in readme if line.startswith("tail -qn 1 output/train_resnet-"))
+    shown = subprocess.run(["bash", "-c", f"source .venv/bin/activate; {summary}"], check=True,
+                           capture_output=True, text=True).stdout.split()
+    rows = [csv.DictReader(io.StringIO(end["metrics.csv"].decode())) for end in ends]
+    accuracies = [100 * float(list(row)[-1]["test_acc"]) for row in rows]
+    assert list(map(float, shown)) == [statistics.mean(accuracies), statistics.stdev(accuracies)]
 
 
 def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkout, monkeypatch):

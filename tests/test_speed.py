@@ -98,11 +98,11 @@ def test_no_step_leaves_anything_behind(name, runtime, monkeypatch, tmp_path):
 def test_orthogonalized_matrices_have_singular_values_near_1(shape):
     torch.manual_seed(0)
     matrices = torch.randn(shape)
-    values = torch.linalg.svdvals(train_resnet.orthogonalize(matrices))
+    values = torch.linalg.svdvals(train_resnet.orthogonalize(matrices, torch.float32))
     assert values.min() > 0.6 and values.max() < 1.3
     # The singular vectors stay: what comes out is U f(S) V' of what went in.
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    product = left.mT @ train_resnet.orthogonalize(matrices) @ right.mT
+    product = left.mT @ train_resnet.orthogonalize(matrices, torch.float32) @ right.mT
     diagonal = torch.diag_embed(torch.diagonal(product, dim1=1, dim2=2))
     torch.testing.assert_close(product, diagonal, atol=1e-4, rtol=0)
 
@@ -138,14 +138,16 @@ def test_a_cpu_that_computes_in_bf16_does(monkeypatch, capabilities, precision):
     assert utils.choose_runtime("cpu", "fp32", None).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name, epochs, low_res", [
-    ("train_resnet", 1, 0), ("train_resnet", 6, 3), ("train_resnet", 30, 15),
-    ("finetune_resnet18", 1, 0), ("finetune_resnet18", 2, 1), ("finetune_resnet18", 4, 3),
+@pytest.mark.parametrize("name, flags, epochs, low_res", [
+    ("train_resnet", [], 1, 0), ("train_resnet", [], 6, 3), ("train_resnet", [], 30, 15),
+    ("train_resnet", ["--low-res", "0.58"], 50, 29),
+    ("finetune_resnet18", [], 1, 0), ("finetune_resnet18", [], 2, 1),
+    ("finetune_resnet18", [], 4, 3),
 ])
-def test_a_run_of_any_length_ends_at_full_size(name, epochs, low_res, monkeypatch, tmp_path):
+def test_a_run_of_any_length_ends_at_full_size(name, flags, epochs, low_res, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name, "--epochs", str(epochs)])
+    monkeypatch.setattr(sys, "argv", [name, *flags])
     script = importlib.import_module(name)
     _, low, full = PARTS[name]
     expected = [low] * low_res + [full] * (epochs - low_res)
-    assert script.image_sizes(script.parse_args()) == expected
+    assert script.image_sizes(script.parse_args(), epochs) == expected

@@ -188,6 +188,7 @@ def test_a_run_whose_last_step_diverges_is_not_saved(tmp_path):
     (["--eval-only"], "holds no model.pt"),
     (["--dataset", "cifar100", "--data-dir", "nowhere", "--no-download"], "Three ways out"),
     (["--dataset", "cifar100", "--data-dir", "gone.tar.gz"], "gone.tar.gz: no such file"),
+    (["--dataset", "cifar100", "--data-dir", "x" * 300], "x: cannot be read: "),
     (["--output-dir", "file"], "is a file"),
     (["--output-dir", "file/below"], "file/below: cannot be written"),
     (["--output-dir", "/proc/none"], "/proc/none: cannot be written"),
@@ -200,6 +201,18 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, flags, says):
     assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
     assert process.stderr.startswith("train_resnet.py: ") and says in process.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
+
+
+def test_debug_adds_the_traceback(tmp_path):
+    flags = [*SMALL["train_resnet"], "--val-size", 150, "--debug"]
+    process = script("train_resnet", *flags, cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.startswith("Traceback")
+    assert process.stderr.splitlines()[-1].startswith("train_resnet.py: --val-size 150: must be")
+
+
+def test_too_little_gpu_memory_is_one_line():
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    assert utils.explain(error) == ("out of GPU memory: try a smaller --batch-size", 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
