@@ -93,7 +93,6 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     if name == "synthetic":
         return synthetic()
     data_dir = Path(data_dir)
-    path = data_dir
     try:
         if data_dir.suffix in (".gz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
             raise UserError(f"--data-dir {data_dir}: no such file")
@@ -106,7 +105,7 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
         return read(path)
     except (OSError, MemoryError) as error:
         reason = error or "not enough memory"
-        raise UserError(f"{path or data_dir}: cannot be read: {reason}") from error
+        raise UserError(f"{data_dir}: cannot be read: {reason}") from error
 
 
 def find(data_dir: Path) -> Path | None:

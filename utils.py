@@ -72,14 +72,18 @@ def run_script(main: Callable[[], None]) -> None:
     for name in STOP_SIGNALS[1:]:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop_before_the_run)
+    message, status = "", 0
     try:
-        return main()
+        main()
     except (Exception, KeyboardInterrupt) as error:
         message, status = explain(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
         if RANK and isinstance(error, UserError):  # which rank 0 reports
             message = ""
+    if dist.is_initialized() and status in (0, STOPPED):  # wait for the others' end, or failure
+        with contextlib.suppress(RuntimeError):
+            dist.all_reduce(torch.zeros(1))
     _exit_with(message, status)
 
 
@@ -109,6 +113,10 @@ def _exit_with(message: str, status: int) -> None:
             print(f"{Path(sys.argv[0]).name}{rank}: {message}", file=sys.stderr, flush=True)
     if status == STOPPED and dist.is_torchelastic_launched():
         status = 0  # torchrun would make a 1 and a page of text of any other
+    if dist.is_initialized():  # the interpreter's own end aborts now and then in gloo's threads
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -348,9 +356,10 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
     elif hasattr(os, "sched_getaffinity"):  # Linux; torchrun itself leaves one thread to each
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-    # With gloo beside NCCL, what the hosts agree on does not wait for the devices.
+    # With gloo beside NCCL, what the hosts agree on does not wait for the devices. The others wait
+    # for rank 0's download, which can take an hour; torchrun sees at once when a rank dies.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(hours=3))  # so long rank 0 may download
+                            timeout=datetime.timedelta(hours=3))
     return dist.get_rank(), dist.get_world_size()
 
 

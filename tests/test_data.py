@@ -28,6 +28,15 @@ def same(dataset: data.Dataset, arrays: dict) -> bool:
     )
 
 
+def test_a_directory_that_cannot_be_searched_is_one_line(tmp_path, monkeypatch):
+    def find(_):
+        raise PermissionError(13, "Permission denied")  # which root never meets
+
+    monkeypatch.setattr(data, "find", find)
+    with pytest.raises(UserError, match=r"cannot be read: .*Permission denied"):
+        data.load("cifar100", tmp_path)
+
+
 @pytest.mark.parametrize("layout", [
     "python/directory", "python/itself", "python/archive", "python/file", "python/protocol 4",
     "binary/directory", "binary/archive", "HDF5/uint8", "HDF5/float32", "HDF5/float64",

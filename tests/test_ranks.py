@@ -113,12 +113,12 @@ def small(tmp_path_factory, arrays):
     return ["--data-dir", data_dir, "--device", "cpu", "--epochs", 1, "--batch-size", 21]
 
 
-def torchrun(ranks: int, name: str, *flags) -> subprocess.Popen:
+def torchrun(ranks: int, name: str, *flags, **environment) -> subprocess.Popen:
     """Start a script under torchrun itself."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                ranks, ROOT / f"{name}.py", *flags]
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, env=os.environ | environment)
 
 
 def test_torchrun_stops_and_resumes_to_the_same_bits_and_with_other_ranks(tmp_path, small):
@@ -168,14 +168,24 @@ def workers_at_work(process: subprocess.Popen) -> list[int]:
     return sorted(map(int, find.stdout.split()))
 
 
+SLOW_DISK = """
+import os, time
+if os.environ.get("RANK") == "0":
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(1), fsync(descriptor))
+"""
+
+
 def test_a_signal_to_one_rank_stops_them_all(tmp_path, small):
+    """And the other waits for rank 0, which takes long to save."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     process = torchrun(2, "train_resnet", *small, "--max-steps", 500, "--epochs", 99,
-                       "--output-dir", tmp_path)
+                       "--output-dir", tmp_path / "run", PYTHONPATH=str(tmp_path))
     _, last = workers_at_work(process)
     os.kill(last, signal.SIGUSR2)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0 and stderr.count("SIGUSR2: stopped in epoch") == 1
-    assert len(models.load_tensors(tmp_path / "checkpoint.pt")["ranks"]) == 2
+    assert process.returncode == 0 and stderr.count("SIGUSR2: stopped in epoch") == 1, stderr
+    assert len(models.load_tensors(tmp_path / "run" / "checkpoint.pt")["ranks"]) == 2
 
 
 def test_a_rank_that_dies_ends_the_job(tmp_path, small):

@@ -25,11 +25,23 @@ PARTS = {"train_resnet": (models.ResNet, 20, 32),
 
 
 class Transfers(TorchDispatchMode):
-    """Counts the operations that take tensors of the host to the device, or back."""
+    """Counts the operations that take tensors of the host to the device, or back.
 
-    def __init__(self):
+    And the tensors made of Python's numbers, which are such transfers on a real device.
+    """
+
+    def __init__(self, monkeypatch):
         super().__init__()
         self.count = 0
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            monkeypatch.setattr(torch, name, self.counting(getattr(torch, name)))
+
+    def counting(self, function):
+        def counted(*args, **kwargs):
+            self.count += 1
+            return function(*args, **kwargs)
+
+        return counted
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -65,7 +77,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, monkeypatch, tmp_path):
     monkeypatch.setattr(utils.Runtime, "autocast", lambda _: contextlib.nullcontext())
     counts = []
     for steps in (2, 5):
-        with Transfers() as transfers:
+        with Transfers(monkeypatch) as transfers:
             runtime = utils.Runtime(torch.device("meta"), torch.float32, False, torch.channels_last)
             run, batches, low, full = make_run(name, runtime, steps, monkeypatch, tmp_path)
             monkeypatch.setattr(run, "_stop_or_save", lambda: None)  # reads the host's clock alone
@@ -79,7 +91,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_no_step_leaves_anything_behind(name, runtime, monkeypatch, tmp_path):
-    """As many tensors are alive after five steps as after two."""
+    """As many tensors are alive after five steps as after two, and no step keeps its graph."""
     run, batches, _, _ = make_run(name, runtime, 6, monkeypatch, tmp_path)
     monkeypatch.setattr(utils, "CHECK_EVERY", 100)
     alive = []
@@ -92,6 +104,7 @@ def test_no_step_leaves_anything_behind(name, runtime, monkeypatch, tmp_path):
 
     utils.train_one_epoch(run, counted(), 0.1)
     assert len(alive) == 6 and alive[2] == alive[5]
+    assert not run.sums.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])

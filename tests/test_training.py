@@ -1,9 +1,11 @@
 """Both scripts, run on the synthetic set: what they print, write and refuse."""
 
 import csv
+import ctypes
 import importlib
 import io
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -188,7 +190,6 @@ def test_a_run_whose_last_step_diverges_is_not_saved(tmp_path):
     (["--eval-only"], "holds no model.pt"),
     (["--dataset", "cifar100", "--data-dir", "nowhere", "--no-download"], "Three ways out"),
     (["--dataset", "cifar100", "--data-dir", "gone.tar.gz"], "gone.tar.gz: no such file"),
-    (["--dataset", "cifar100", "--data-dir", "x" * 300], "x: cannot be read: "),
     (["--output-dir", "file"], "is a file"),
     (["--output-dir", "file/below"], "file/below: cannot be written"),
     (["--output-dir", "/proc/none"], "/proc/none: cannot be written"),
@@ -227,6 +228,34 @@ def test_bad_weights_are_one_line(tmp_path):
     process = script("finetune_resnet18", *flags, cwd=tmp_path)
     assert (process.returncode, process.stderr.count("\n")) == (2, 1)
     assert "weights.pth: not a PyTorch file" in process.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, to fill memory")
+@pytest.mark.parametrize("name, size", [
+    ("train_resnet", 20), ("train_resnet", 32),
+    ("finetune_resnet18", 32), ("finetune_resnet18", 64), ("finetune_resnet18", 112),
+])
+def test_the_gradient_is_the_same_whatever_memory_held(name, size):
+    """Or no run would resume to the bit: bf16 convolutions from one pixel with stride 2 fail here.
+
+    (oneDNN in torch 2.14, on CPUs with AVX512-BF16: hence no images below 32 x 32 in part 2.)
+    """
+    runtime, mallopt = utils.choose_runtime("cpu", "auto", None), ctypes.CDLL(None).mallopt
+    torch.manual_seed(0)
+    model = runtime.place(network(name)).train()
+    images = torch.randn(8, 3, size, size).contiguous(memory_format=runtime.memory_format)
+    gradients = []
+    for byte in (0, 85, 255):
+        mallopt(-6, byte)  # M_PERTURB: allocated and freed memory is filled with it
+        torch.manual_seed(0)
+        model.zero_grad()
+        with runtime.autocast():
+            loss = F.cross_entropy(model(images), torch.arange(8))
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    mallopt(-6, 0)
+    for other in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], other))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
