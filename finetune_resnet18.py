@@ -3,7 +3,7 @@
 The bar of the course is 70 % test accuracy.
 
     python finetune_resnet18.py --data-dir PATH                   the recipe, 4 epochs
-    python finetune_resnet18.py --data-dir PATH --epochs 2        to the bar and not far beyond
+    python finetune_resnet18.py --data-dir PATH --epochs 2        half of it, and past the bar
     python finetune_resnet18.py --dataset synthetic --weights random --image-size 64
                                                                   without data: does it run here?
     python finetune_resnet18.py --eval-only                       test a finished run's model.pt
