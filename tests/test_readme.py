@@ -31,7 +31,8 @@ def test_help_is_grouped_fits_100_columns_and_ends_with_examples(helps):
         assert "(default: 0.1)" in text
 
 
-OF_OTHERS = {"--help", "--time", "--array", "--nodes", "--gpus-per-node", "--kills", "--seconds"}
+OF_OTHERS = {"--help", "--time", "--array", "--nodes", "--gpus-per-node", "--nproc-per-node",
+             "--kills", "--seconds"}
 
 
 def test_every_flag_that_the_readme_names_exists(flags):
