@@ -1,8 +1,9 @@
 """CIFAR-100: find it, read it, check it, and feed it to the network.
 
 `load()` finds the data set in any of its three formats, or downloads it; `synthetic()` draws a
-stand-in that needs no file. Both return a `Dataset` of uint8 images. `Batches` keeps one split on
-the training device and does there, batch by batch, all that other code leaves to worker processes.
+stand-in that needs no file; `pictures()` reads the user's own. All return a `Dataset` of uint8
+images. `Batches` keeps one split on the training device and does there, batch by batch, all that
+other code leaves to worker processes.
 """
 
 import gzip
@@ -36,6 +37,33 @@ from utils import Runtime, epoch_seed, rank_0_first, try_lock
 log = logging.getLogger("cifar100")
 
 CLASSES = 100
+# Krizhevsky's superclasses and their classes; the label of a class is its place in the alphabet.
+SUPERCLASSES = {
+    "aquatic mammals": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip",
+    "food containers": "bottle bowl can cup plate",
+    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
+    "household electrical devices": "clock keyboard lamp telephone television",
+    "household furniture": "bed chair couch table wardrobe",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "large carnivores": "bear leopard lion tiger wolf",
+    "large man-made outdoor things": "bridge castle house road skyscraper",
+    "large natural outdoor scenes": "cloud forest mountain plain sea",
+    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium-sized mammals": "fox porcupine possum raccoon skunk",
+    "non-insect invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small mammals": "hamster mouse rabbit shrew squirrel",
+    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles 1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles 2": "lawn_mower rocket streetcar tank tractor",
+}
+SUPERCLASS_OF = {name: big for big, names in SUPERCLASSES.items() for name in names.split()}
+CLASS_NAMES = tuple(sorted(SUPERCLASS_OF))
+SYNTHETIC_NAMES = tuple(f"hue {label % 10} plaid {label // 10}" for label in range(CLASSES))
+PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 # md5 sums of the official files, https://www.cs.toronto.edu/~kriz/cifar.html and torchvision.
 OFFICIAL_MD5 = {
@@ -68,7 +96,10 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Both splits, the 100 class names, and in words where they came from."""
+    """Both splits, the 100 class names, and in words where they came from.
+
+    Of pictures to classify, `train` is empty and the labels of `test` mean nothing.
+    """
 
     name: str  # "cifar100" or "synthetic"
     train: Split
@@ -245,7 +276,7 @@ def _parse_hdf5(path: Path) -> dict:
         import h5py
     except ImportError as error:
         raise UserError(f"{path}: reading HDF5 needs one more package: pip install h5py") from error
-    parts = {"class_names": [f"class {label}" for label in range(CLASSES)]}
+    parts = {"class_names": list(CLASS_NAMES)}
     try:
         with h5py.File(path) as file:
             for name in ("train", "test"):
@@ -464,9 +495,37 @@ def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:
         images = hues[labels % 10][:, :, None, None] + 0.3 * plaid + noise
         return Split((images.clamp(0, 1) * 255).byte(), labels)
 
-    names = tuple(f"hue {c % 10} plaid {c // 10}" for c in range(CLASSES))
     train, test = draw(train_per_class), draw(test_per_class)
-    return Dataset("synthetic", train, test, names, "drawn by data.py, not CIFAR-100")
+    return Dataset("synthetic", train, test, SYNTHETIC_NAMES, "drawn by data.py, not CIFAR-100")
+
+
+def pictures(name: str, paths: list[Path]) -> tuple[Dataset, list[Path]]:
+    """Return pictures as the test split of a Dataset `name`, with their files.
+
+    `paths` are files of any format that pillow reads, and folders, of which those of the usual
+    suffixes are taken. Turned as the camera says, the largest square in the middle is averaged down
+    to 32 x 32. Raises UserError if there is none, or one cannot be read.
+    """
+    from PIL import Image, ImageOps  # on which torchvision itself depends
+
+    files = []
+    for path in paths:
+        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in PICTURES)
+        if path.is_dir() and not inside:
+            raise UserError(f"{path}: holds no picture ({' '.join(PICTURES)})")
+        files += inside or [path]
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                picture = ImageOps.exif_transpose(picture).convert("RGB")
+        except Exception as error:  # a damaged picture can raise anything
+            raise UserError(f"{file}: cannot be read as a picture ({error})") from error
+        picture = ImageOps.fit(picture, (32, 32), Image.Resampling.BOX)
+        images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    test = Split(torch.stack(images), torch.zeros(len(images), dtype=torch.int64))
+    names = SYNTHETIC_NAMES if name == "synthetic" else CLASS_NAMES
+    return Dataset(name, Split(test.images[:0], test.labels[:0]), test, names, "pictures"), files
 
 
 def hold_out(train: Split, count: int) -> tuple[Split, Split]:
@@ -508,6 +567,9 @@ class Batches:
         self.scale, self.shift = 1 / (255 * std), -mean / std
         self.channels = torch.arange(3, device=device).view(1, 3, 1, 1)
         self.pixels = torch.arange(32, device=device)
+        self._augment = self._augment_eagerly
+        if runtime.compile:
+            self._augment = torch.compile(self._augment, dynamic=False)
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
@@ -543,17 +605,16 @@ class Batches:
         for batch in columns.split(self.batch_size, dim=1)[start:]:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
-            chosen, down, right, flip = share if weight else batch[:, :1]
-            images = self._crop(chosen, down, right, flip)
-            yield self._finish(images, size), self.labels[chosen], weight
+            share = share if weight else batch[:, :1]
+            yield self._augment(*share, size), self.labels[share[0]], weight
 
-    def _crop(self, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
-        """Pick, reflect-pad, crop and flip (B,) images in one gather: uint8 (B, 3, 32, 32)."""
+    def _augment_eagerly(self, chosen, down, right, flip, size: int) -> Tensor:
+        """Pick, reflect-pad, crop and flip (B,) images in one gather; normalise and resize them."""
         rows = _reflect(self.pixels + down[:, None])  # (B, 32)
         columns = _reflect(self.pixels + right[:, None])
         columns = torch.where(flip[:, None] == 1, columns.flip(1), columns)
         index = chosen[:, None, None, None], self.channels, rows[:, None, :, None]
-        return self.images[(*index, columns[:, None, None, :])]
+        return self._finish(self.images[(*index, columns[:, None, None, :])], size)
 
     def _finish(self, images: Tensor, size: int) -> Tensor:
         images = images.float() * self.scale + self.shift

@@ -6,7 +6,8 @@ The bar of the course is 70 % test accuracy.
     python finetune_resnet18.py --data-dir PATH --epochs 2        half of it, and past the bar
     python finetune_resnet18.py --dataset synthetic --weights random --image-size 64
                                                                   without data: does it run here?
-    python finetune_resnet18.py --eval-only                       test a finished run's model.pt
+    python finetune_resnet18.py --eval-only                       report on a model.pt
+    python finetune_resnet18.py --predict cat.jpg                 what is it?
 
 The weights are the file that --weights names, or the course's or torchvision's file beside this
 script, or else torchvision's own download.
@@ -58,10 +59,11 @@ def image_sizes(args, epochs: int) -> list[int]:
 def make_optimizer(model, args, total_steps: int, runtime: utils.Runtime):
     """Return SGD with a higher rate for the new head, and the schedule of the rates."""
     backbone = [p for name, p in model.named_parameters() if not name.startswith("fc.")]
+    # In fp16 the fused step would keep, as momentum, what overflowed and the scaler skips.
+    fused = runtime.device.type == "cuda" and runtime.dtype != torch.float16
     optimizer = torch.optim.SGD(
         [{"params": backbone}, {"params": list(model.fc.parameters())}], args.lr, MOMENTUM,
-        weight_decay=args.weight_decay, nesterov=True,
-        fused=runtime.device.type == "cuda",  # and so no synchronisation for the scaler
+        weight_decay=args.weight_decay, nesterov=True, fused=fused,
     )
     # The rate reaches its end one step after the last; OneCycleLR cannot do fewer than 5 steps.
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(
@@ -70,10 +72,32 @@ def make_optimizer(model, args, total_steps: int, runtime: utils.Runtime):
     )
 
 
+def test(args, runtime: utils.Runtime) -> None:
+    """Classify pictures with a finished run's model.pt, or report on it with the test set."""
+    runtime = runtime._replace(compile=False)  # which takes longer than one pass over the images
+    model = runtime.place(models.resnet18("random"))
+    models.load_weights(model, args.output_dir / "model.pt")
+    if args.predict:
+        dataset, files = data.pictures(args.dataset, args.predict)
+    else:
+        dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
+        utils.print_header(runtime, dataset, model, args.val_size)
+    batches = data.Batches(dataset.test, EVAL_BATCH, data.IMAGENET_STATS, runtime)
+    logits = utils.predict(model, batches, args.image_size, runtime)
+    if args.predict:
+        utils.print_predictions(logits, dataset.class_names, files)
+    else:
+        utils.write_test_report(logits, dataset, data.SUPERCLASS_OF, args)
+
+
 def main() -> None:
     """Data, model, optimizer, schedule, loop."""
     args = parse_args()
+    if args.compare:
+        return utils.compare(args)
     runtime = utils.choose_runtime(args.device, args.precision, args.compile)
+    if args.eval_only or args.predict:
+        return test(args, runtime)
     dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
     train_split, val_split = data.hold_out(dataset.train, args.val_size)
     train = data.Batches(train_split, args.batch_size, data.IMAGENET_STATS, runtime)
@@ -84,20 +108,15 @@ def main() -> None:
     }
 
     torch.manual_seed(args.seed)
-    weights = "random" if args.eval_only else args.weights
     with utils.rank_0_first():  # who downloads them, if need be
-        model = models.resnet18(weights, download=not args.no_download)
+        model = models.resnet18(args.weights, download=not args.no_download)
     model = runtime.place(model)
     utils.print_header(runtime, dataset, model, args.val_size)
-    if args.eval_only:
-        models.load_weights(model, args.output_dir / "model.pt")
-        result = utils.evaluate(model, held_out["test"].in_order(args.image_size), runtime)
-        return utils.print_test(result, dataset.name)
 
     total_steps = min(args.epochs * len(train), args.max_steps or args.epochs * len(train))
     optimizer, scheduler = make_optimizer(model, args, total_steps, runtime)
     sizes = image_sizes(args, -(-total_steps // len(train)))
-    run = utils.Run(args, runtime, dataset, len(train), total_steps, sizes, parts={
+    run = utils.Run(args, BAR, runtime, dataset, len(train), total_steps, sizes, parts={
         "model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": runtime.scaler(),
     })
     run.start()
@@ -108,7 +127,7 @@ def main() -> None:
             watched = run.watch(split.in_order(args.image_size), name, 0, len(split))
             results[name] = utils.evaluate(model, watched, runtime)
         run.end_epoch(results)
-    run.finish(BAR)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 In this order: errors and exit status, flags, device, precision and ranks, the `Run` (all that a
 killed run needs to go on, and all that it writes), its log lines, and the two loops,
-`train_one_epoch` and `evaluate`. What belongs to one recipe alone stands in its script.
+`train_one_epoch` and `evaluate`; last, what people look at: predictions, reports and pictures. What
+belongs to one recipe alone stands in its script.
 """
 
 import argparse
@@ -21,10 +22,11 @@ import os
 import platform
 import shlex
 import signal
+import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,10 +56,13 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_TIME = 1000  # a reason to stop, beside the numbers of the signals
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")  # the newest, and the one before it
 RUN_FILES = ("config.json", "metrics.csv", "times.csv", *CHECKPOINTS, "model.pt")
+REPORTS = ("report.md", "curves.png", "test-report.md", "confusion.csv", "confusion.png",
+           "mistakes.png")
 TIMES = ("images_per_second", "seconds", "eta_seconds")  # what two equal runs differ in
 # Settings that may differ between a run and its continuation, for they do not change its course.
 FREE_SETTINGS = {"data_dir", "data_url", "no_download", "output_dir", "device", "weights", "debug"}
-FREE_SETTINGS |= {"resume", "overwrite", "eval_only", "max_minutes", "checkpoint_minutes"}
+FREE_SETTINGS |= {"resume", "overwrite", "eval_only", "predict", "compare"}
+FREE_SETTINGS |= {"max_minutes", "checkpoint_minutes"}
 POSITION = ("epoch", "step", "seconds", "train_seconds", "history")  # of a Run, in its checkpoint
 
 DIVERGED = 1
@@ -205,8 +210,14 @@ def _add_output_flags(output) -> None:
         help="go on from the checkpoint in --output-dir, if there is one")
     existing.add_argument("--overwrite", action="store_true",
         help="replace the run that is in --output-dir")
-    output.add_argument("--eval-only", action="store_true",
-        help="only test the model.pt in --output-dir")
+    instead = output.add_mutually_exclusive_group()
+    instead.add_argument("--eval-only", action="store_true",
+        help="only test the model.pt in --output-dir, and write test-report.md and its pictures")
+    instead.add_argument("--predict", nargs="+", type=Path, metavar="PICTURE",
+        help="only classify pictures, or folders of them, with the model.pt in --output-dir")
+    instead.add_argument("--compare", nargs="+", type=Path, metavar="RUN",
+        help="only draw the curves of these output directories into one comparison.png, seeds as "
+             "mean and band, and write comparison.md, both in --output-dir")
     output.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -225,8 +236,23 @@ def _add_machine_flags(add: Callable) -> None:
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; raises UserError if it does not fit what --output-dir holds."""
     args = parser.parse_args()
+    if args.compare:
+        return args
     check_output_dir(args)
+    if args.eval_only or args.predict:  # as it was trained, unless the command says otherwise
+        parser.set_defaults(**_settings_of_model(args))
+        args = parser.parse_args()
     return args
+
+
+def _settings_of_model(args: argparse.Namespace) -> dict:
+    """Return what a test needs to know of the run in --output-dir, if its config.json says so."""
+    try:
+        settings = json.loads((args.output_dir / "config.json").read_bytes())["settings"]
+        return {name: settings[name] for name in ("dataset", "image_size")
+                if name in settings and type(settings[name]) is type(getattr(args, name))}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -238,10 +264,11 @@ def check_output_dir(args: argparse.Namespace) -> None:
             raise UserError(f"--output-dir {path}: is a file, not a directory")
     except OSError as error:
         raise UserError(f"--output-dir {path}: cannot be read ({error})") from error
-    if args.eval_only and "model.pt" not in held:
-        raise UserError(f"{path}: holds no model.pt to test; a run writes it at its end")
+    reads = args.eval_only or args.predict
+    if reads and "model.pt" not in held:
+        raise UserError(f"{path}: holds no model.pt; a run writes it at its end")
     lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
-    if held and (lost or not (args.resume or args.overwrite or args.eval_only)):
+    if held and (lost or not (args.resume or args.overwrite or reads)):
         raise UserError(
             f"{path}: already holds a run ({', '.join(held)}); --overwrite replaces it, --resume "
             f"goes on {'if there is a checkpoint.pt' if lost else 'with it'}, --output-dir names "
@@ -418,13 +445,15 @@ class Metrics(NamedTuple):
 class Run:
     """One training run: its position, its history, and the files in its output directory.
 
-    `parts` are the objects with a state_dict: model, optimizer, scheduler, scaler. `sizes` are the
-    sides of the training images, epoch by epoch, in pixels; they serve to estimate the time left.
+    `bar` is the course's test accuracy, in %. `parts` are the objects with a state_dict: model,
+    optimizer, scheduler, scaler. `sizes` are the sides of the training images, epoch by epoch, in
+    pixels; they serve to estimate the time left.
     """
 
-    def __init__(self, args, runtime: Runtime, dataset, steps_per_epoch: int,
+    def __init__(self, args, bar: float, runtime: Runtime, dataset, steps_per_epoch: int,
                  total_steps: int, sizes: list[int], parts: dict):
         self.args = args
+        self.bar = bar if dataset.name == "cifar100" else None
         self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         self.settings["precision"] = PRECISIONS[runtime.dtype]
         self.settings["compile"] = runtime.compile
@@ -482,10 +511,10 @@ class Run:
                             "with --output-dir, or make room") from error
 
     def _begin(self) -> None:
-        config = {"script": self.script, "dataset": self.dataset, "settings": self.settings,
-                  "torch": str(torch.__version__), "runtime": str(self.runtime),
-                  "command": shlex.join(sys.argv)}
-        for name in RUN_FILES:
+        config = {"script": self.script, "dataset": self.dataset, "bar": self.bar,
+                  "command": shlex.join(sys.argv), "runtime": str(self.runtime),
+                  "torch": str(torch.__version__), "settings": self.settings}
+        for name in (*RUN_FILES, *REPORTS):
             (self.output_dir / name).unlink(missing_ok=True)
         content = json.dumps(config, indent=2) + "\n"
         write_atomically(self.output_dir / "config.json", content.encode())
@@ -586,8 +615,8 @@ class Run:
         self._save_or_warn()
         log.info(epoch_line(row))  # once saved, or a killed run would print it again
 
-    def finish(self, bar: float) -> None:
-        """Write model.pt and print the last lines; `bar` is the course's test accuracy, in %."""
+    def finish(self) -> None:
+        """Write model.pt and the report, and print the last lines."""
         weights = self.parts["model"].state_dict()
         try:
             if self.runtime.broadcast(self.unsaved):
@@ -595,18 +624,22 @@ class Run:
             if self.runtime.rank == 0:
                 self._write_tables()  # a kill can have come between the checkpoint and its tables
                 save_tensors(self.output_dir / "model.pt", {k: v.cpu() for k, v in weights.items()})
+                self._report()
         except OSError as error:
             raise UserError(f"{self.output_dir}: not all is written ({error}); make room, and "
                             "the same command with --resume does what is left", 1) from error
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
-        files = [name for name in RUN_FILES if (self.output_dir / name).exists()]
+        names = (*RUN_FILES, *REPORTS[:2])
+        files = [name for name in names if (self.output_dir / name).exists()]
         log.info(f"files      {', '.join(files)} in {self.output_dir}")
-        accuracy = 100 * self.history[-1]["test_acc"]
-        if self.dataset == "cifar100":
-            verdict = f"the course's bar of {bar:.0f}% is {'met' if accuracy >= bar else 'not met'}"
-        else:
-            verdict = f"on {self.dataset} images, so the course's bar does not apply"
-        log.info(f"final test accuracy {accuracy:.2f}% ({verdict})")
+        accuracy = self.history[-1]["test_acc"]
+        log.info(f"final test accuracy {accuracy:.2%} ({verdict(accuracy, self.bar)})")
+
+    def _report(self) -> None:
+        try:
+            write_report([self.output_dir], self.output_dir / "report.md", "curves.png")
+        except UserError as error:  # a lost config.json, say
+            log.info(f"warning    no report: {error}")
 
     def save(self) -> None:
         """Write checkpoint.pt and the tables; raises OSError, and then the old ones are left."""
@@ -755,12 +788,6 @@ def print_header(runtime: Runtime, dataset, model: nn.Module, val_size: int) -> 
     log.info(f"model      {type(model).__name__}, {parameters:,} parameters")
 
 
-def print_test(result: Metrics, dataset: str) -> None:
-    """Print what --eval-only found."""
-    log.info(f"test loss {result.loss:.3f} acc {result.accuracy:6.2%} top5 {result.top5:6.2%}  "
-             f"({result.images:,} {dataset} images)")
-
-
 def epoch_line(row: dict) -> str:
     """Format one row of metrics.csv as the line for the log."""
     width = max(2, len(str(row["epochs"])))
@@ -841,3 +868,326 @@ def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:
         sums.append(torch.stack([loss, hits[:, 0].sum(), hits.sum(), count]))
     loss, correct, top5, count = runtime.reduce(torch.stack(sums)).sum(0).tolist()
     return Metrics(loss / count, correct / count, top5 / count, int(count))
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, split, size: int, runtime: Runtime) -> torch.Tensor:
+    """Return logits, float32 (N, classes), of the images of all ranks in their order, on the CPU.
+
+    `split` is a data.Batches, whose images are resized to `size` x `size` pixels.
+    """
+    model.eval()
+    logits = []
+    for images, _ in tqdm(split.in_order(size), "test", -(-len(split) // runtime.ranks),
+                          leave=False, unit="batch", disable=True if RANK else None):
+        with runtime.autocast():
+            logits.append(model(images).float())
+    ranks = runtime.gather([batch.cpu() for batch in logits])
+    return torch.cat([batch for step in zip(*ranks, strict=True) for batch in step])
+
+
+def print_predictions(logits: torch.Tensor, class_names: Sequence[str], files: list[Path]) -> None:
+    """Print the five likeliest classes of each file: aligned on a terminal, elsewhere as CSV."""
+    likeliest = logits.softmax(1).topk(5)
+    fives = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    rows = [(str(file), rank, class_names[label], probability)
+            for file, five in zip(files, fives, strict=True)
+            for rank, (label, probability) in enumerate(zip(*five, strict=True), 1)]
+    if RANK == 0 and not sys.stdout.isatty():
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow(("file", "rank", "class", "probability"))
+        table.writerows((*row, f"{probability:.4f}") for *row, probability in rows)
+    elif RANK == 0:
+        width = max(len(str(file)) for file in files)
+        for file, rank, name, probability in rows:
+            print(f"{file if rank == 1 else '':{width}}  {name:13} {probability:6.1%}")
+
+
+def verdict(accuracy: float, bar: float | None) -> str:
+    """Say whether a test accuracy, a fraction of 1, meets the course's bar, in %."""
+    if bar is None:
+        return "on synthetic images, so the course's bar does not apply"
+    return f"the course's bar of {bar:.0f}% is {'met' if 100 * accuracy >= bar else 'not met'}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Return a table in Markdown, with an empty line after it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines) + "\n\n"
+
+
+def write_picture(path: Path, draw: Callable, *content) -> str:
+    """Write what `draw(figure, *content)` makes of a matplotlib figure; return its Markdown.
+
+    Without matplotlib there is no picture, and a line says so; raises OSError.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info(f"note       {path.name} is not drawn: pip install matplotlib")
+        return ""
+    figure, png = Figure(layout="constrained"), io.BytesIO()
+    draw(figure, *content)
+    figure.savefig(png, format="png")
+    write_atomically(path, png.getvalue())
+    return f"![{path.stem}]({path.name})\n\n"
+
+
+def load_run(directory: Path) -> dict:
+    """Return what config.json says, and as "history" the rows of metrics.csv and times.csv.
+
+    Raises UserError if the directory holds no run with a finished epoch.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        tables = [csv.DictReader(io.StringIO((directory / name).read_text()))
+                  for name in ("metrics.csv", "times.csv")]
+        history = [{name: float(value) for name, value in (metrics | times).items()
+                    if name != "dataset"} for metrics, times in zip(*tables, strict=False)]
+        run = {name: config[name] for name in ("script", "bar", "command", "runtime", "torch",
+                                                "settings")}
+        return run | {"directory": directory, "history": history, "last": history[-1]}
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{directory}: holds no run with a finished epoch ({error})") from error
+
+
+def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
+    """Group the runs that differ in nothing but the seed, under the settings that differ."""
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        of_script = [other["settings"] for other in runs if other["script"] == run["script"]]
+        differing = [
+            f"{name} {value}" for name, value in run["settings"].items()
+            if name not in FREE_SETTINGS | {"seed"}
+            and any(other.get(name) != value for other in of_script)
+        ]
+        groups.setdefault(" ".join([run["script"], *differing]), []).append(run)
+    return groups
+
+
+LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#000000", "v"))
+
+
+def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
+    """Draw loss, accuracy and rate over the epochs, one group one colour: mean and range.
+
+    The colours are Okabe & Ito's (2008), which the colour-blind can tell apart; markers and dashes
+    do without any.
+    """
+    figure.set_size_inches(12, 4.5)
+    panels = dict(zip(("loss", "acc", "lr"), figure.subplots(1, 3), strict=True))
+    for (label, runs), (colour, marker) in zip(groups.items(), itertools.cycle(LOOKS)):
+        epochs = min(len(run["history"]) for run in runs)  # some may still be running
+        look = {"color": colour, "marker": marker, "markersize": 4, "markevery": -(-epochs // 10)}
+        for name in runs[0]["history"][0]:
+            split, _, quantity = name.rpartition("_")
+            if quantity not in panels:
+                continue
+            curves = np.array([[row[name] for row in run["history"][:epochs]] for run in runs])
+            curves *= 100 if quantity == "acc" else 1  # (runs, epochs)
+            x = np.arange(1, epochs + 1)
+            dashes = {"train": "--", "val": ":"}.get(split, "-")
+            panels[quantity].plot(x, curves.mean(0), dashes, label=f"{label} {split}", **look)
+            if len(runs) > 1:
+                panels[quantity].fill_between(x, curves.min(0), curves.max(0), color=colour,
+                                              alpha=0.25)
+    for bar in sorted({run["bar"] for runs in groups.values() for run in runs if run["bar"]}):
+        panels["acc"].axhline(bar, color="0.3", linestyle="-.", label=f"the course's {bar:.0f}%")
+    titles = {"loss": "cross entropy, nats", "acc": "accuracy, %",
+              "lr": "learning rate at the end of the epoch"}
+    for quantity, panel in panels.items():
+        panel.set(xlabel="epoch", ylabel=titles[quantity])
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+    panels["acc"].set_ylim(0, 100)
+    lines = {line.get_label(): line for name in ("loss", "acc") for line in panels[name].lines}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
+
+
+def write_report(directories: list[Path], report: Path, picture: str) -> None:
+    """Write a report on one run or several, with their curves beside it.
+
+    Raises UserError if a directory holds no run, and OSError.
+    """
+    runs = [load_run(directory) for directory in directories]
+    groups = group_runs(runs)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    text = f"# {'; '.join(groups)}\n\nNumbers are those of the last epoch, not of the best.\n\n"
+    text += markdown_table(
+        ("run", "seed", "epochs", "test accuracy", "top 5", "test loss", "", "time",
+         "training images/s"), map(_run_row, runs))
+    text += write_picture(report.with_name(picture), draw_curves, groups)
+    if len(runs) == 1:
+        environment = {name: runs[0][name] for name in ("command", "runtime", "torch")}
+        text += markdown_table(("environment", ""), environment.items())
+        text += markdown_table(("setting", ""), runs[0]["settings"].items())
+    else:
+        text += markdown_table(
+            ("settings", "runs", "mean test accuracy", "standard deviation"),
+            [(label, *mean_and_deviation(group)) for label, group in groups.items()])
+    write_atomically(report, text.encode())
+
+
+def _run_row(run: dict) -> tuple:
+    last, seconds = run["last"], sum(row["seconds"] for row in run["history"])
+    rate = statistics.harmonic_mean([row["images_per_second"] for row in run["history"]])
+    return (run["directory"], run["settings"]["seed"],
+            f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['test_acc']:.2%}",
+            f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
+            verdict(last["test_acc"], run["bar"]), duration(seconds), f"{rate:.0f}")
+
+
+def mean_and_deviation(runs: list[dict]) -> tuple[int, str, str]:
+    """Return number, mean and standard deviation of the runs' last test accuracies."""
+    accuracies = [run["last"]["test_acc"] for run in runs]
+    deviation = f"{statistics.stdev(accuracies):.2%}" if len(runs) > 1 else "-"
+    return len(runs), f"{statistics.mean(accuracies):.2%}", deviation
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Write comparison.md and comparison.png on the runs of --compare, and print their means."""
+    write_report(args.compare, args.output_dir / "comparison.md", "comparison.png")
+    for label, runs in group_runs([load_run(directory) for directory in args.compare]).items():
+        count, mean, deviation = mean_and_deviation(runs)
+        log.info(f"{label}: {count} run{'s' * (count > 1)}, mean test accuracy {mean}, "
+                 f"standard deviation {deviation}")
+    log.info(f"files      comparison.md, comparison.png in {args.output_dir}")
+
+
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
+
+
+class TestResult(NamedTuple):
+    """What logits (N, C) for labels (N,) are worth; accuracies and confidences of 0..1."""
+
+    loss: float  # mean cross entropy, nats
+    top1: float
+    top5: float
+    confusion: np.ndarray  # int64 (C, C): images of class [row] that were taken for [column]
+    bins: np.ndarray  # (15, 3): images, mean confidence and accuracy by confidence; NaN if none
+    calibration_error: float  # expected, Guo et al. 2017, arXiv:1706.04599, equation 3
+    mistakes: list[tuple[int, int, float]]  # image, class that it was taken for, confidence; sorted
+
+
+def assess(logits: torch.Tensor, labels: torch.Tensor) -> TestResult:
+    """Return what float32 logits (N, C) are worth, given int64 labels (N,)."""
+    classes = logits.shape[1]
+    likeliest = logits.topk(5).indices  # as in evaluate: those of bf16 hold ties
+    predicted = likeliest[:, 0]
+    confidence = logits.softmax(1).gather(1, likeliest)[:, 0]
+    right = predicted == labels
+    pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
+    place = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    counts, confidences, rights = (
+        torch.bincount(place, weights, CALIBRATION_BINS).double()
+        for weights in (None, confidence.double(), right.double())
+    )
+    wrong = (~right).nonzero()[:, 0]
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
+    return TestResult(
+        F.cross_entropy(logits.double(), labels).item(),
+        right.double().mean().item(),
+        (likeliest == labels[:, None]).any(1).double().mean().item(),
+        pairs.view(classes, classes).numpy(),
+        torch.stack([counts, confidences / counts, rights / counts], 1).numpy(),
+        ((rights - confidences).abs().sum() / len(labels)).item(),
+        [(i, predicted[i].item(), confidence[i].item()) for i in wrong.tolist()],
+    )
+
+
+def draw_confusion(figure, confusion: np.ndarray, groups: dict[str, list[int]]) -> None:
+    """Draw a confusion matrix (C, C), the classes of a group side by side."""
+    figure.set_size_inches(9, 8)
+    order = [label for members in groups.values() for label in members]
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    panel = figure.subplots()
+    image = panel.imshow(100 * shares[np.ix_(order, order)], "Greys", vmin=0, vmax=25)
+    figure.colorbar(image, label="% of the class's images", shrink=0.8, extend="max")
+    edges = np.cumsum([0, *map(len, groups.values())])
+    middles = (edges[1:] + edges[:-1] - 1) / 2
+    panel.set(xlabel="taken for", ylabel="class")
+    panel.set_xticks(middles, groups, rotation=90)
+    panel.set_yticks(middles, groups)
+    for edge in edges[1:-1] - 0.5:
+        panel.axhline(edge, color="#0072B2", linewidth=0.3)
+        panel.axvline(edge, color="#0072B2", linewidth=0.3)
+
+
+def draw_mistakes(figure, mistakes: list[tuple[int, int, float]], split, class_names) -> None:
+    """Draw the first 30 mistakes, with both names; `split` is a data.Split."""
+    figure.set_size_inches(12, 12)
+    for panel in figure.subplots(5, 6).flat:
+        panel.axis("off")
+    for panel, (image, taken, confidence) in zip(figure.axes, mistakes, strict=False):
+        panel.imshow(split.images[image].permute(1, 2, 0).numpy())
+        panel.set_title(f"{class_names[split.labels[image]]}\ntaken for {class_names[taken]},\n"
+                        f"{confidence:.0%} sure", fontsize="small")
+
+
+def write_test_report(logits: torch.Tensor, dataset, superclass_of: dict[str, str],
+                      args: argparse.Namespace) -> None:
+    """Write test-report.md, confusion.csv and the pictures, and print the result.
+
+    `dataset` is the data.Dataset whose test images gave the logits (N, classes); `superclass_of`
+    maps class names to superclasses. Raises OSError.
+    """
+    names, into = dataset.class_names, args.output_dir
+    result = assess(logits, dataset.test.labels)
+    groups: dict[str, list[int]] = {}  # labels by superclass
+    for label, name in enumerate(names):
+        groups.setdefault(superclass_of.get(name, "all classes"), []).append(label)
+    if RANK == 0:
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows(
+            [["class", *names], *([name, *row] for name, row in
+                                  zip(names, result.confusion.tolist(), strict=True))])
+        write_atomically(into / "confusion.csv", table.getvalue().encode())
+        text = f"# {into / 'model.pt'} on the test images of {dataset.name}\n\n"
+        text += _result_tables(result, names, groups, len(logits))
+        text += write_picture(into / "confusion.png", draw_confusion, result.confusion, groups)
+        text += "Their numbers are in confusion.csv. The most confident mistakes:\n\n"
+        text += write_picture(into / "mistakes.png", draw_mistakes, result.mistakes, dataset.test,
+                              names)
+        write_atomically(into / "test-report.md", text.encode())
+        files = [name for name in REPORTS[2:] if (into / name).exists()]
+        log.info(f"files      {', '.join(files)} in {into}")
+    log.info(f"test loss {result.loss:.3f} acc {result.top1:6.2%} top5 {result.top5:6.2%}  "
+             f"({len(logits):,} {dataset.name} images)")
+
+
+def _result_tables(result: TestResult, names, groups: dict[str, list[int]], count: int) -> str:
+    confusion, totals = result.confusion, result.confusion.sum(1)
+    shares = np.diag(confusion) / np.maximum(totals, 1)
+    text = markdown_table(
+        ("top-1 accuracy", "top-5 accuracy", "cross entropy", "images"),
+        [(f"{result.top1:.2%}", f"{result.top5:.2%}", f"{result.loss:.3f} nats", f"{count:,}")])
+
+    text += "## Superclasses\n\n" + markdown_table(
+        ("superclass", "right class", "right superclass"),
+        [(name, f"{np.diag(confusion)[members].sum() / totals[members].sum():.1%}",
+          f"{confusion[np.ix_(members, members)].sum() / totals[members].sum():.1%}")
+         for name, members in groups.items()])
+
+    mistaken = confusion - np.diag(np.diag(confusion))
+    text += "## Classes, the worst first\n\n" + markdown_table(
+        ("class", "accuracy", "most often taken for"),
+        [(names[label], f"{shares[label]:.1%}",
+          f"{names[mistaken[label].argmax()]} ({mistaken[label].max()})")
+         for label in shares.argsort(kind="stable")])
+
+    both = np.triu(mistaken + mistaken.T)
+    worst = [divmod(index, len(names)) for index in (-both).argsort(axis=None, kind="stable")[:20]]
+    text += "## The most confused pairs\n\n" + markdown_table(
+        ("one", "other", "one taken for the other", "other for the one"),
+        [(names[a], names[b], mistaken[a, b], mistaken[b, a]) for a, b in worst if both[a, b]])
+
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
+    text += ("## Calibration\n\nThe expected calibration error is "
+             f"{result.calibration_error:.4f} (Guo et al. 2017): the mean distance of confidence "
+             "and accuracy in these bins, weighted by their images.\n\n")
+    text += markdown_table(
+        ("confidence", "images", "mean confidence", "accuracy"),
+        [(f"{low:.3f} to {high:.3f}", f"{images:.0f}", f"{sure:.1%}", f"{right:.1%}")
+         for low, high, (images, sure, right) in
+         zip(edges[:-1], edges[1:], result.bins, strict=True) if images])
+    return text + "## Confusion\n\n"

@@ -80,7 +80,7 @@ def our_tasks(name: str, flags: list[str], images: data.Split) -> list[Task]:
              "scaler": runtime.scaler()}
 
     def train(size: int, n: int) -> None:
-        run = utils.Run(args, runtime, dataset, n, n, [size], parts)
+        run = utils.Run(args, 0, runtime, dataset, n, n, [size], parts)
         forever = itertools.chain.from_iterable(
             batches.shuffled(0, epoch, 0, size) for epoch in itertools.count())
         utils.train_one_epoch(run, forever, args.label_smoothing)

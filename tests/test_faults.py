@@ -65,7 +65,8 @@ class Whole:
         assert process.stdout.splitlines()[-1] == self.last_line
         files = contents(output_dir)
         allowed = {".lock", "checkpoint-previous.pt"}  # one epoch, one save: no previous
-        assert set(files) | allowed == {*utils.RUN_FILES, ".lock"}, "no temporary file is left"
+        expected = {*utils.RUN_FILES, "report.md", "curves.png", ".lock"}
+        assert set(files) | allowed == expected, "no temporary file is left"
         for file in ("metrics.csv", "model.pt"):
             assert files[file] == self.files[file], f"{file} differs"
 

@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from conftest import equal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,7 +66,7 @@ def make_run(name, runtime, steps, monkeypatch, tmp_path):
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler,
              "scaler": runtime.scaler()}
     dataset = types.SimpleNamespace(name="none", checksum=lambda: 0)
-    run = utils.Run(args, runtime, dataset, steps, steps, [low, full], parts)
+    run = utils.Run(args, 0, runtime, dataset, steps, steps, [low, full], parts)
     return run, data.Batches(split, 10, data.CIFAR100_STATS, runtime), low, full
 
 
@@ -89,6 +90,18 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, monkeypatch, tmp_path):
     assert counts[0] == counts[1] > 0
 
 
+def test_compiled_augmentation_gives_the_same_images(runtime):
+    """Crops, flips, normalisation and size, in as few kernels as torch.compile makes of them."""
+    split = data.Split(torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12))
+    eager, compiled = (data.Batches(split, 8, data.CIFAR100_STATS, runtime._replace(compile=how))
+                       for how in (False, True))
+    for size in (20, 32):
+        for one, other in zip(eager.shuffled(0, 0, 0, size), compiled.shuffled(0, 0, 0, size),
+                              strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert compiled._augment != compiled._augment_eagerly
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_no_step_leaves_anything_behind(name, runtime, monkeypatch, tmp_path):
     """As many tensors are alive after five steps as after two, and no step keeps its graph."""
@@ -105,6 +118,24 @@ def test_no_step_leaves_anything_behind(name, runtime, monkeypatch, tmp_path):
     utils.train_one_epoch(run, counted(), 0.1)
     assert len(alive) == 6 and alive[2] == alive[5]
     assert not run.sums.requires_grad
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_step_that_overflows_in_fp16_changes_nothing(name, monkeypatch):
+    """The scaler begins with a scale that is too high more often than not."""
+    monkeypatch.setattr(sys, "argv", [name])
+    script, runtime = importlib.import_module(name), utils.Runtime(
+        torch.device("cuda"), torch.float16, False, torch.channels_last)
+    model = PARTS[name][0]()
+    optimizer, _ = script.make_optimizer(model, script.parse_args(), 10, runtime)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    scaler.step(optimizer)
+    assert equal(before, dict(model.state_dict()))
+    assert not any(state.get("momentum_buffer") is not None for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])

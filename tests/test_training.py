@@ -72,7 +72,8 @@ def test_the_log_has_header_epoch_line_and_verdict(finished, name):
 @both
 def test_the_files_say_the_same(finished, name):
     process, output_dir = finished[name]
-    assert set(contents(output_dir)) == {*utils.RUN_FILES, ".lock"} - {"checkpoint-previous.pt"}
+    written = {*utils.RUN_FILES, "report.md", "curves.png", ".lock"}
+    assert set(contents(output_dir)) == written - {"checkpoint-previous.pt"}
     (row,) = rows(output_dir)
     assert (row["dataset"], row["epoch"], row["epochs"]) == ("synthetic", "1", "1")
     assert f"{float(row['test_acc']):.2%}" == EPOCH_LINE.search(process.stdout)[1] + "%"
@@ -187,7 +188,7 @@ def test_a_run_whose_last_step_diverges_is_not_saved(tmp_path):
     (["--device", "abacus"], "--device abacus"),
     (["--val-size", "150"], "--val-size 150"),
     (["--resume", "--overwrite"], "not allowed with"),
-    (["--eval-only"], "holds no model.pt"),
+    (["--eval-only"], "holds no model.pt"), (["--predict", "x.png"], "holds no model.pt"),
     (["--dataset", "cifar100", "--data-dir", "nowhere", "--no-download"], "Three ways out"),
     (["--dataset", "cifar100", "--data-dir", "gone.tar.gz"], "gone.tar.gz: no such file"),
     (["--output-dir", "file"], "is a file"),

@@ -1,0 +1,390 @@
+"""What people look at: the reports and their pictures, and predictions for pictures."""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+import termios
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, needs_data
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+from processes import ROOT, script
+
+import data
+import models
+import utils
+
+SHORT = ["--dataset", "synthetic", "--batch-size", 50, "--max-steps", 2, "--device", "cpu"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the cells of a Markdown text's tables, without their headers."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in
+             block.splitlines()[2:]] for block in blocks]
+
+
+def made_up_run(directory, script="train_resnet", bar=60.0, seed=0, epochs=3, **settings):
+    """Write the files of a run with random numbers; return its test accuracies and all rows."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir()
+    settings |= {"seed": seed, "output_dir": str(directory)}
+    config = {"script": script, "bar": bar, "command": "a command", "runtime": "a device",
+              "torch": "2.14.1", "settings": settings}
+    (directory / "config.json").write_text(json.dumps(config))
+    names = ("lr", "train_loss", "train_acc", "test_loss", "test_acc", "test_top5")
+    numbers = rng.uniform(size=(epochs, len(names))).round(4)
+    metrics = [["dataset", "epoch", "epochs", *names]]
+    times = [["epoch", "images_per_second", "seconds", "eta_seconds"]]
+    for epoch, row in enumerate(numbers, 1):
+        metrics.append(["cifar100", epoch, epochs, *row])
+        times.append([epoch, 100 * epoch, 60, 0])
+    for name, table in (("metrics.csv", metrics), ("times.csv", times)):
+        with open(directory / name, "w") as file:
+            csv.writer(file).writerows(table)
+    return dict(zip(names, numbers.T, strict=True))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run on the synthetic set: (process, output directory)."""
+    output_dir = tmp_path_factory.mktemp("reports") / "run"
+    return script("train_resnet", *SHORT, "--output-dir", output_dir), output_dir
+
+
+def test_a_run_leaves_a_report_and_its_curves(finished):
+    process, output_dir = finished
+    assert "report.md, curves.png in" in process.stdout
+    runs, environment, settings = tables((output_dir / "report.md").read_text())
+    (metrics,) = csv.DictReader(io.StringIO((output_dir / "metrics.csv").read_text()))
+    (times,) = csv.DictReader(io.StringIO((output_dir / "times.csv").read_text()))
+    config = json.loads((output_dir / "config.json").read_text())
+    assert runs == [[
+        str(output_dir), "0", "1 of 1", f"{float(metrics['test_acc']):.2%}",
+        f"{float(metrics['test_top5']):.2%}", f"{float(metrics['test_loss']):.3f}",
+        "on synthetic images, so the course's bar does not apply",
+        utils.duration(float(times["seconds"])), f"{float(times['images_per_second']):.0f}",
+    ]]
+    assert ["torch", torch.__version__] in environment
+    assert settings == [[name, str(value)] for name, value in config["settings"].items()]
+    assert (output_dir / "curves.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("accuracy, words", [(0.6, "60% is met"), (0.5999, "60% is not met")])
+def test_the_bar_is_met_or_not(accuracy, words):
+    assert utils.verdict(accuracy, 60.0) == f"the course's bar of {words}"
+
+
+def test_curves_show_the_numbers_of_a_run_in_three_panels_with_the_bar(tmp_path):
+    numbers = made_up_run(tmp_path / "run")
+    figure = Figure()
+    utils.draw_curves(figure, utils.group_runs([utils.load_run(tmp_path / "run")]))
+    loss, accuracy, rate = figure.axes
+    for panel, names in ((loss, ["train_loss", "test_loss"]), (accuracy, ["train_acc", "test_acc"]),
+                         (rate, ["lr"])):
+        assert panel.get_xlabel() == "epoch" and panel.get_ylabel()
+        for line, name in zip(panel.lines, names, strict=False):
+            scale = 100 if panel is accuracy else 1
+            np.testing.assert_allclose(line.get_ydata(), scale * numbers[name])
+            assert list(line.get_xdata()) == [1, 2, 3]
+    assert list(accuracy.lines[2].get_ydata()) == [60, 60]
+    assert {len(loss.lines), len(rate.lines)} == {2, 1} and len(accuracy.lines) == 3
+    assert loss.lines[0].get_linestyle() != loss.lines[1].get_linestyle(), "without colours, too"
+
+
+def test_seeds_are_compared_as_mean_range_and_table(tmp_path):
+    both = [made_up_run(tmp_path / f"a{seed}", seed=seed, epochs=3 + seed, lr=0.1)
+            for seed in (0, 1)]
+    other = made_up_run(tmp_path / "b", seed=0, lr=0.2)
+    names = [tmp_path / name for name in ("a0", "a1", "b")]
+    groups = utils.group_runs([utils.load_run(name) for name in names])
+    assert {label: len(runs) for label, runs in groups.items()} == {
+        "train_resnet lr 0.1": 2, "train_resnet lr 0.2": 1}
+    figure = Figure()
+    utils.draw_curves(figure, groups)
+    loss = figure.axes[0]
+    values = np.stack([numbers["test_loss"][:3] for numbers in both])
+    np.testing.assert_allclose(loss.lines[1].get_ydata(), values.mean(0))
+    np.testing.assert_allclose(loss.lines[3].get_ydata(), other["test_loss"])
+    _, band = loss.collections
+    for epoch, (one, another) in enumerate(values.T, 1):
+        ys = [y for x, y in band.get_paths()[0].vertices if x == epoch]
+        np.testing.assert_allclose((min(ys), max(ys)), sorted((one, another)))
+
+    process = script("train_resnet", "--compare", *names, "--output-dir", tmp_path / "new" / "dir")
+    assert process.returncode == 0, process.stderr
+    last = [100 * numbers["test_acc"][-1] for numbers in both]
+    mean, deviation = f"{np.mean(last):.2f}%", f"{np.std(last, ddof=1):.2f}%"
+    line = f"lr 0.1: 2 runs, mean test accuracy {mean}, standard deviation {deviation}"
+    assert line in process.stdout
+    runs, seeds = tables((tmp_path / "new" / "dir" / "comparison.md").read_text())
+    assert [row[0] for row in runs] == [str(name) for name in names]
+    assert seeds[0] == ["train_resnet lr 0.1", "2", mean, deviation] and seeds[1][1] == "1"
+    assert (tmp_path / "new" / "dir" / "comparison.png").read_bytes().startswith(PNG)
+
+
+def test_groups_differ_in_luminance_or_marker():
+    """In black and white the markers tell them apart, and no colour is too light for paper."""
+    assert len({marker for _, marker in utils.LOOKS}) == len(utils.LOOKS)
+    assert all(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) < 0.7 for colour, _ in utils.LOOKS)
+
+
+@pytest.mark.parametrize("broken", ["config.json", "metrics.csv"])
+def test_what_is_no_run_is_refused_in_a_line(tmp_path, broken):
+    made_up_run(tmp_path / "run")
+    (tmp_path / "run" / broken).write_text("")
+    process = script("train_resnet", "--compare", tmp_path / "run",
+                     "--output-dir", tmp_path / "new")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert "holds no run with a finished epoch" in process.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def no_matplotlib():
+    sys.modules["matplotlib.figure"] = None
+
+
+def test_without_matplotlib_the_report_is_there_and_a_line_says_what_to_install(tmp_path):
+    process = script("train_resnet", *SHORT, "--output-dir", tmp_path, before=no_matplotlib)
+    assert process.returncode == 0, process.stderr
+    assert "curves.png is not drawn: pip install matplotlib" in process.stdout
+    assert (tmp_path / "report.md").exists() and not (tmp_path / "curves.png").exists()
+
+
+def guesses(count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits float32 (count, 100), right in part, and labels (count,)."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 100, count)
+    logits = rng.normal(0, 1.5, (count, 100)).astype(np.float32)
+    logits[np.arange(count), labels] += rng.uniform(0, 8, count).astype(np.float32)
+    return logits, labels
+
+
+def test_the_test_report_says_what_numpy_says(tmp_path, caplog):
+    logits, labels = guesses()
+    images = torch.randint(256, (len(labels), 3, 32, 32), dtype=torch.uint8)
+    dataset = SimpleNamespace(test=data.Split(images, torch.from_numpy(labels)), name="cifar100",
+                              class_names=data.CLASS_NAMES)
+    with caplog.at_level("INFO", "cifar100"):
+        utils.write_test_report(torch.from_numpy(logits), dataset, data.SUPERCLASS_OF,
+                                SimpleNamespace(output_dir=tmp_path))
+
+    exp = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    probabilities = exp / exp.sum(1, keepdims=True)
+    loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
+    order = np.argsort(-logits, 1)
+    top1, top5 = (order[:, 0] == labels).mean(), (order[:, :5] == labels[:, None]).any(1).mean()
+    confusion = np.zeros((100, 100), int)
+    for label, taken in zip(labels, order[:, 0], strict=True):
+        confusion[label, taken] += 1
+    names = list(data.CLASS_NAMES)
+
+    with open(tmp_path / "confusion.csv") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["class", *names] and [row[0] for row in rows] == names
+    assert np.array_equal(np.array([row[1:] for row in rows], int), confusion)
+
+    text = (tmp_path / "test-report.md").read_text()
+    result, superclasses, classes, pairs, bins = tables(text)
+    assert result == [[f"{top1:.2%}", f"{top5:.2%}", f"{loss:.3f} nats", "2,000"]]
+    assert f"test loss {loss:.3f} acc {top1:.2%} top5 {top5:.2%}" in caplog.messages[-1]
+
+    big = np.array([list(data.SUPERCLASSES).index(data.SUPERCLASS_OF[name]) for name in names])
+    assert len(superclasses) == 20
+    for name, right_class, right_superclass in superclasses:
+        inside = big[labels] == list(data.SUPERCLASSES).index(name)
+        assert right_class == f"{(order[inside, 0] == labels[inside]).mean():.1%}"
+        assert right_superclass == f"{(big[order[inside, 0]] == big[labels[inside]]).mean():.1%}"
+
+    assert sorted(row[0] for row in classes) == names
+    shares = [float(accuracy.rstrip("%")) for _, accuracy, _ in classes]
+    assert shares == sorted(shares), "the worst first"
+    for name, accuracy, taken in classes:
+        row = confusion[names.index(name)].copy()
+        assert accuracy == f"{row[names.index(name)] / row.sum():.1%}"
+        row[names.index(name)] = 0
+        assert re.fullmatch(r"(\w+) \((\d+)\)", taken)[2] == str(row.max())
+
+    counted = [confusion[a, b] + confusion[b, a] for a in range(100) for b in range(a)]
+    assert [int(one) + int(other) for *_, one, other in pairs] == sorted(counted)[::-1][:20]
+    for a, b, one, other in pairs:
+        assert int(one) == confusion[names.index(a), names.index(b)]
+        assert int(other) == confusion[names.index(b), names.index(a)]
+
+    confidence, error, shown = probabilities.max(1), 0, iter(bins)
+    for low, high in zip(np.arange(15) / 15, np.arange(1, 16) / 15, strict=True):
+        inside = (low < confidence) & (confidence <= high)
+        if inside.any():
+            right, sure = (order[:, 0] == labels)[inside].mean(), confidence[inside].mean()
+            error += inside.mean() * abs(right - sure)
+            assert next(shown)[1:] == [str(inside.sum()), f"{sure:.1%}", f"{right:.1%}"]
+    assert next(shown, None) is None
+    assert f"expected calibration error is {error:.4f}" in text
+    for picture in ("confusion.png", "mistakes.png"):
+        assert (tmp_path / picture).read_bytes().startswith(PNG) and f"]({picture})" in text
+
+
+def test_the_confusion_picture_puts_superclasses_side_by_side():
+    confusion = np.zeros((4, 4), int)
+    confusion[0, 2], confusion[1, 1] = 5, 8
+    figure = Figure()
+    utils.draw_confusion(figure, confusion, {"one": [0, 2], "other": [1, 3]})
+    panel = figure.axes[0]
+    expected = [[0, 100, 0, 0], [0, 0, 0, 0], [0, 0, 100, 0], [0, 0, 0, 0]]
+    assert np.array_equal(panel.images[0].get_array(), expected)
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["one", "other"]
+    assert list(panel.get_yticks()) == [0.5, 2.5]
+
+
+def test_the_sheet_shows_the_surest_mistakes_with_both_names():
+    logits, labels = (torch.from_numpy(part) for part in guesses(200))
+    images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
+    mistakes = utils.assess(logits, labels).mistakes
+    figure = Figure()
+    utils.draw_mistakes(figure, mistakes, data.Split(images, labels), data.CLASS_NAMES)
+    confidence, taken = logits.softmax(1).max(1)
+    wrong = [i for i in confidence.argsort(descending=True).tolist() if taken[i] != labels[i]]
+    assert len(figure.axes) == 30
+    for panel, i in zip(figure.axes, wrong, strict=False):
+        assert panel.images[0].get_array()[0, 0, 0] == i
+        name, says, sure = panel.get_title().split("\n")
+        assert name == data.CLASS_NAMES[labels[i]]
+        assert says == f"taken for {data.CLASS_NAMES[taken[i]]},"
+        assert sure == f"{confidence[i]:.0%} sure"
+
+
+def test_eval_only_takes_the_set_from_the_run_and_writes_the_report(finished):
+    _, output_dir = finished
+    process = script("train_resnet", "--eval-only", "--output-dir", output_dir)
+    assert process.returncode == 0, process.stderr
+    assert "test-report.md, confusion.csv, confusion.png, mistakes.png in" in process.stdout
+    assert process.stdout.endswith("(1,000 synthetic images)\n")
+
+
+@needs_data
+def test_the_superclasses_are_those_of_the_real_set():
+    with tarfile.open(next((SHARED / "cifar100").glob("*.tar.gz"))) as archive:
+        members = {member.name.split("/")[-1]: archive.extractfile(member).read()
+                   for member in archive if member.name.endswith(("/meta", "/test"))}
+    meta, test = (data._unpickle(members[name]) for name in ("meta", "test"))
+    assert meta["fine_label_names"] == list(data.CLASS_NAMES)
+    pairs = set(zip(test["fine_labels"], test["coarse_labels"], strict=True))
+    assert len(pairs) == 100
+    for fine, coarse in pairs:
+        big = data.SUPERCLASS_OF[data.CLASS_NAMES[fine]]
+        assert list(data.SUPERCLASSES).index(big) == coarse, "the official order, too"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of pictures of several formats and sizes, and its test images as they are."""
+    images = data.synthetic().test.images
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, name in enumerate(("0.png", "1.bmp", "2.webp", "3.GIF", "4.jpg")):
+        picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())
+        picture.resize((32, 32) if i < 2 else (200 + i, 100)).save(folder / name, lossless=True)
+    Image.new("L", (1, 1)).save(folder / "grey.tiff")
+    Image.new("RGBA", (70, 50)).save(folder / "transparent.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_predict_prints_the_five_likeliest_as_csv(finished, pictures):
+    _, output_dir = finished
+    command = ["--predict", pictures, pictures / "0.png", "--output-dir", output_dir]
+    process = script("train_resnet", *command, "--precision", "fp32")
+    assert (process.returncode, process.stderr) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(process.stdout)))
+    assert list(rows[0]) == ["file", "rank", "class", "probability"]
+    names = ["0.png", "1.bmp", "2.webp", "3.GIF", "4.jpg", "grey.tiff", "transparent.png", "0.png"]
+    assert [row["file"] for row in rows[::5]] == [str(pictures / name) for name in names]
+    assert [row["rank"] for row in rows] == list("12345") * 8
+    model = models.ResNet().eval()
+    model.load_state_dict(torch.load(output_dir / "model.pt"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in data.CIFAR100_STATS)
+    with torch.inference_mode():
+        expected = model((data.synthetic().test.images[:2] / 255 - mean) / std).softmax(1)
+    for i in (0, 1):
+        values, labels = expected[i].topk(5)
+        shown = rows[5 * i : 5 * i + 5]
+        assert [row["class"] for row in shown] == [data.SYNTHETIC_NAMES[label] for label in labels]
+        probabilities = [float(row["probability"]) for row in shown]
+        assert probabilities == pytest.approx(values.tolist(), abs=2e-4)
+
+
+def test_a_picture_is_turned_cut_and_scaled(tmp_path):
+    """A wide red picture with green ends, taken with the camera turned by 90 degrees."""
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, :, 0], pixels[:, :32], pixels[:, 96:] = 200, (0, 99, 0), (0, 99, 0)
+    pixels[:32, 32:96, 2] = 255  # the upper half, blue: the right one when it is turned
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    dataset, files = data.pictures("cifar100", [tmp_path / "turned.png"])
+    red, green, blue = dataset.test.images[0]
+    assert dataset.test.images.shape == (1, 3, 32, 32) and files == [tmp_path / "turned.png"]
+    assert int(green[:, 4:28].max()) == 0 and int(red[2:-2].min()) == 200, "the ends are cut off"
+    assert int(blue[:, :12].max()) == 0 and int(blue[:, 20:].min()) > 240
+    assert dataset.class_names == data.CLASS_NAMES
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("missing", "cannot be read as a picture"), ("text", "cannot be read as a picture"),
+    ("cut", "cannot be read as a picture"), ("empty folder", "holds no picture"),
+])
+def test_what_is_no_picture_is_refused_in_a_line(finished, pictures, fault, words):
+    _, output_dir = finished
+    path = pictures / {"text": "notes.txt", "cut": "cut.png"}.get(fault, "nothing")
+    if fault == "cut":
+        path.write_bytes((pictures / "0.png").read_bytes()[:-500])
+    elif fault == "empty folder":
+        path.mkdir()
+    process = script("train_resnet", "--predict", pictures / "0.png", path,
+                     "--output-dir", output_dir)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.count("\n") == 1 and f"{path}: {words}" in process.stderr
+
+
+def on_a_terminal(*command) -> str:
+    """Run a command with its output on a pseudo-terminal; return what it shows."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=slave,
+                               stderr=slave, stdin=slave)
+    os.close(slave)
+    shown = b""
+    try:
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    except OSError:  # EIO, Linux's end of a terminal
+        pass
+    os.close(master)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_shows_a_bar_and_aligned_predictions(finished, pictures, tmp_path):
+    """And a pipe neither, as above and in test_training."""
+    shown = on_a_terminal("train_resnet.py", *SHORT, "--output-dir", tmp_path / "run")
+    assert re.search(r"epoch 1 train: +\d+%\|.*\| *\d/2 ", shown)
+    shown = on_a_terminal("train_resnet.py", "--predict", pictures / "0.png",
+                          pictures / "grey.tiff", "--output-dir", finished[1])
+    lines = [line for line in shown.replace("\r", "\n").splitlines() if "plaid" in line]
+    assert len(lines) == 10 and len({line.index("hue") for line in lines}) == 1
+    assert [bool(line.split("hue")[0].strip()) for line in lines] == [True, *[False] * 4] * 2
+    assert all(re.search(r" +\d+\.\d%$", line) for line in lines)
