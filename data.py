@@ -19,6 +19,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
@@ -60,7 +61,7 @@ SUPERCLASSES = {
     "vehicles 1": "bicycle bus motorcycle pickup_truck train",
     "vehicles 2": "lawn_mower rocket streetcar tank tractor",
 }
-SUPERCLASS_OF = {name: big for big, names in SUPERCLASSES.items() for name in names.split()}
+SUPERCLASS_OF = {name: group for group, names in SUPERCLASSES.items() for name in names.split()}
 CLASS_NAMES = tuple(sorted(SUPERCLASS_OF))
 SYNTHETIC_NAMES = tuple(f"hue {label % 10} plaid {label // 10}" for label in range(CLASSES))
 PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
@@ -500,29 +501,32 @@ def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:
 
 
 def pictures(name: str, paths: list[Path]) -> tuple[Dataset, list[Path]]:
-    """Return pictures as the test split of a Dataset `name`, with their files.
+    """Return pictures as the test split of a Dataset, with their files.
 
-    `paths` are files of any format that pillow reads, and folders, of which those of the usual
-    suffixes are taken. Turned as the camera says, the largest square in the middle is averaged down
-    to 32 x 32. Raises UserError if there is none, or one cannot be read.
+    `name` is that of the data set with the classes. `paths` are files of any format that pillow
+    reads, and folders, of which those of the usual suffixes are taken. Turned as the camera says,
+    the largest square in the middle is scaled to 32 x 32. Raises UserError if there is none, or one
+    cannot be read.
     """
     from PIL import Image, ImageOps  # on which torchvision itself depends
 
     files = []
     for path in paths:
-        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in PICTURES)
+        inside = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in PICTURES)
         if path.is_dir() and not inside:
             raise UserError(f"{path}: holds no picture ({' '.join(PICTURES)})")
         files += inside or [path]
     images = []
     for file in files:
         try:
-            with Image.open(file) as picture:
-                picture = ImageOps.exif_transpose(picture).convert("RGB")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(file) as opened:
+                    picture = ImageOps.exif_transpose(opened).convert("RGB")
         except Exception as error:  # a damaged picture can raise anything
             raise UserError(f"{file}: cannot be read as a picture ({error})") from error
-        picture = ImageOps.fit(picture, (32, 32), Image.Resampling.BOX)
-        images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        picture = np.array(ImageOps.fit(picture, (32, 32)))  # (32, 32, 3)
+        images.append(torch.from_numpy(picture).permute(2, 0, 1))
     test = Split(torch.stack(images), torch.zeros(len(images), dtype=torch.int64))
     names = SYNTHETIC_NAMES if name == "synthetic" else CLASS_NAMES
     return Dataset(name, Split(test.images[:0], test.labels[:0]), test, names, "pictures"), files

@@ -59,7 +59,7 @@ def image_sizes(args, epochs: int) -> list[int]:
 def make_optimizer(model, args, total_steps: int, runtime: utils.Runtime):
     """Return SGD with a higher rate for the new head, and the schedule of the rates."""
     backbone = [p for name, p in model.named_parameters() if not name.startswith("fc.")]
-    # In fp16 the fused step would keep, as momentum, what overflowed and the scaler skips.
+    # If the scaler skips the first step, the fused one begins with uninitialised momentum.
     fused = runtime.device.type == "cuda" and runtime.dtype != torch.float16
     optimizer = torch.optim.SGD(
         [{"params": backbone}, {"params": list(model.fc.parameters())}], args.lr, MOMENTUM,
@@ -83,18 +83,18 @@ def test(args, runtime: utils.Runtime) -> None:
         dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
         utils.print_header(runtime, dataset, model, args.val_size)
     batches = data.Batches(dataset.test, EVAL_BATCH, data.IMAGENET_STATS, runtime)
-    logits = utils.predict(model, batches, args.image_size, runtime)
+    logits = utils.compute_logits(model, batches, args.image_size, runtime)
     if args.predict:
         utils.print_predictions(logits, dataset.class_names, files)
     else:
-        utils.write_test_report(logits, dataset, data.SUPERCLASS_OF, args)
+        utils.report_test(logits, dataset, data.SUPERCLASS_OF, args.output_dir)
 
 
 def main() -> None:
     """Data, model, optimizer, schedule, loop."""
     args = parse_args()
     if args.compare:
-        return utils.compare(args)
+        return utils.compare(args.compare, args.output_dir)
     runtime = utils.choose_runtime(args.device, args.precision, args.compile)
     if args.eval_only or args.predict:
         return test(args, runtime)

@@ -123,18 +123,18 @@ def test(args, runtime: utils.Runtime) -> None:
         dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
         utils.print_header(runtime, dataset, model, args.val_size)
     batches = data.Batches(dataset.test, EVAL_BATCH, data.CIFAR100_STATS, runtime)
-    logits = utils.predict(model, batches, 32, runtime)
+    logits = utils.compute_logits(model, batches, 32, runtime)
     if args.predict:
         utils.print_predictions(logits, dataset.class_names, files)
     else:
-        utils.write_test_report(logits, dataset, data.SUPERCLASS_OF, args)
+        utils.report_test(logits, dataset, data.SUPERCLASS_OF, args.output_dir)
 
 
 def main() -> None:
     """Data, model, optimizer, schedule, loop."""
     args = parse_args()
     if args.compare:
-        return utils.compare(args)
+        return utils.compare(args.compare, args.output_dir)
     runtime = utils.choose_runtime(args.device, args.precision, args.compile)
     if args.eval_only or args.predict:
         return test(args, runtime)

@@ -56,8 +56,13 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_TIME = 1000  # a reason to stop, beside the numbers of the signals
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")  # the newest, and the one before it
 RUN_FILES = ("config.json", "metrics.csv", "times.csv", *CHECKPOINTS, "model.pt")
-REPORTS = ("report.md", "curves.png", "test-report.md", "confusion.csv", "confusion.png",
-           "mistakes.png")
+RUN_REPORTS = ("report.md", "curves.png")
+TEST_REPORTS = ("test-report.md", "confusion.csv", "confusion.png", "mistakes.png")
+COMPARISON = ("comparison.md", "comparison.png")
+# Okabe & Ito's colours (2008), which the colour-blind can tell apart; markers do without any.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+MARKERS = "osD^vX"  # another number than of colours: 30 looks
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
 TIMES = ("images_per_second", "seconds", "eta_seconds")  # what two equal runs differ in
 # Settings that may differ between a run and its continuation, for they do not change its course.
 FREE_SETTINGS = {"data_dir", "data_url", "no_download", "output_dir", "device", "weights", "debug"}
@@ -118,8 +123,11 @@ def _exit_with(message: str, status: int) -> None:
             print(f"{Path(sys.argv[0]).name}{rank}: {message}", file=sys.stderr, flush=True)
     if status == STOPPED and dist.is_torchelastic_launched():
         status = 0  # torchrun would make a 1 and a page of text of any other
-    if dist.is_initialized():  # the interpreter's own end aborts now and then in gloo's threads
+    try:
         sys.stdout.flush()
+    except OSError:  # a full disk or a closed pipe, of which the interpreter would tell again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if dist.is_initialized():  # the interpreter's own end aborts now and then in gloo's threads
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
@@ -205,17 +213,16 @@ def _add_recipe_flags(add: Callable) -> None:
 def _add_output_flags(output) -> None:
     output.add_argument("--output-dir", type=Path, metavar="DIR",
         help="where the files of the run go")
-    existing = output.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true",
+    action = output.add_mutually_exclusive_group()
+    action.add_argument("--resume", action="store_true",
         help="go on from the checkpoint in --output-dir, if there is one")
-    existing.add_argument("--overwrite", action="store_true",
+    action.add_argument("--overwrite", action="store_true",
         help="replace the run that is in --output-dir")
-    instead = output.add_mutually_exclusive_group()
-    instead.add_argument("--eval-only", action="store_true",
+    action.add_argument("--eval-only", action="store_true",
         help="only test the model.pt in --output-dir, and write test-report.md and its pictures")
-    instead.add_argument("--predict", nargs="+", type=Path, metavar="PICTURE",
+    action.add_argument("--predict", nargs="+", type=Path, metavar="PICTURE",
         help="only classify pictures, or folders of them, with the model.pt in --output-dir")
-    instead.add_argument("--compare", nargs="+", type=Path, metavar="RUN",
+    action.add_argument("--compare", nargs="+", type=Path, metavar="RUN",
         help="only draw the curves of these output directories into one comparison.png, seeds as "
              "mean and band, and write comparison.md, both in --output-dir")
     output.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -240,19 +247,18 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         return args
     check_output_dir(args)
     if args.eval_only or args.predict:  # as it was trained, unless the command says otherwise
-        parser.set_defaults(**_settings_of_model(args))
-        args = parser.parse_args()
+        args = parser.parse_args([*_flags_of_model(args), *sys.argv[1:]])
     return args
 
 
-def _settings_of_model(args: argparse.Namespace) -> dict:
-    """Return what a test needs to know of the run in --output-dir, if its config.json says so."""
+def _flags_of_model(args: argparse.Namespace) -> list[str]:
+    """Return the flags that say how the model in --output-dir was trained, if config.json does."""
     try:
         settings = json.loads((args.output_dir / "config.json").read_bytes())["settings"]
-        return {name: settings[name] for name in ("dataset", "image_size")
-                if name in settings and type(settings[name]) is type(getattr(args, name))}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
+        flags = {"--dataset": "dataset", "--image-size": "image_size"}
+        return [f"{flag}={settings[name]}" for flag, name in flags.items() if name in settings]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -514,7 +520,7 @@ class Run:
         config = {"script": self.script, "dataset": self.dataset, "bar": self.bar,
                   "command": shlex.join(sys.argv), "runtime": str(self.runtime),
                   "torch": str(torch.__version__), "settings": self.settings}
-        for name in (*RUN_FILES, *REPORTS):
+        for name in (*RUN_FILES, *RUN_REPORTS, *TEST_REPORTS):
             (self.output_dir / name).unlink(missing_ok=True)
         content = json.dumps(config, indent=2) + "\n"
         write_atomically(self.output_dir / "config.json", content.encode())
@@ -629,15 +635,13 @@ class Run:
             raise UserError(f"{self.output_dir}: not all is written ({error}); make room, and "
                             "the same command with --resume does what is left", 1) from error
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
-        names = (*RUN_FILES, *REPORTS[:2])
-        files = [name for name in names if (self.output_dir / name).exists()]
-        log.info(f"files      {', '.join(files)} in {self.output_dir}")
+        log.info(existing(self.output_dir, (*RUN_FILES, *RUN_REPORTS)))
         accuracy = self.history[-1]["test_acc"]
         log.info(f"final test accuracy {accuracy:.2%} ({verdict(accuracy, self.bar)})")
 
     def _report(self) -> None:
         try:
-            write_report([self.output_dir], self.output_dir / "report.md", "curves.png")
+            write_report([self.output_dir], self.output_dir, *RUN_REPORTS)
         except UserError as error:  # a lost config.json, say
             log.info(f"warning    no report: {error}")
 
@@ -871,7 +875,7 @@ def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, split, size: int, runtime: Runtime) -> torch.Tensor:
+def compute_logits(model: nn.Module, split, size: int, runtime: Runtime) -> torch.Tensor:
     """Return logits, float32 (N, classes), of the images of all ranks in their order, on the CPU.
 
     `split` is a data.Batches, whose images are resized to `size` x `size` pixels.
@@ -887,20 +891,28 @@ def predict(model: nn.Module, split, size: int, runtime: Runtime) -> torch.Tenso
 
 
 def print_predictions(logits: torch.Tensor, class_names: Sequence[str], files: list[Path]) -> None:
-    """Print the five likeliest classes of each file: aligned on a terminal, elsewhere as CSV."""
+    """Print the five likeliest classes of each of N files, of logits (N, classes).
+
+    Aligned on a terminal, elsewhere as CSV.
+    """
+    if RANK:
+        return
     likeliest = logits.softmax(1).topk(5)
-    fives = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-    rows = [(str(file), rank, class_names[label], probability)
-            for file, five in zip(files, fives, strict=True)
-            for rank, (label, probability) in enumerate(zip(*five, strict=True), 1)]
-    if RANK == 0 and not sys.stdout.isatty():
-        table = csv.writer(sys.stdout, lineterminator="\n")
+    names = [os.fsencode(file).decode("utf-8", "replace") for file in files]
+    rows = [(name, rank, class_names[label], probability)
+            for name, labels, probabilities in zip(names, likeliest.indices, likeliest.values,
+                                                   strict=True)
+            for rank, (label, probability) in enumerate(zip(labels, probabilities, strict=True), 1)]
+    text = io.StringIO()
+    if sys.stdout.isatty():
+        width = max(map(len, names))
+        for name, rank, label, probability in rows:
+            text.write(f"{name if rank == 1 else '':{width}}  {label:13} {probability:6.1%}\n")
+    else:
+        table = csv.writer(text, lineterminator="\n")
         table.writerow(("file", "rank", "class", "probability"))
         table.writerows((*row, f"{probability:.4f}") for *row, probability in rows)
-    elif RANK == 0:
-        width = max(len(str(file)) for file in files)
-        for file, rank, name, probability in rows:
-            print(f"{file if rank == 1 else '':{width}}  {name:13} {probability:6.1%}")
+    print(text.getvalue(), end="", flush=True)
 
 
 def verdict(accuracy: float, bar: float | None) -> str:
@@ -910,31 +922,46 @@ def verdict(accuracy: float, bar: float | None) -> str:
     return f"the course's bar of {bar:.0f}% is {'met' if 100 * accuracy >= bar else 'not met'}"
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Iterable]) -> str:
     """Return a table in Markdown, with an empty line after it."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines) + "\n\n"
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
 
 
-def write_picture(path: Path, draw: Callable, *content) -> str:
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all; raises OSError."""
+    write_atomically(path, text.encode(errors="replace"))  # paths can hold any bytes
+
+
+def write_picture(path: Path, caption: str, draw: Callable, *content) -> str:
     """Write what `draw(figure, *content)` makes of a matplotlib figure; return its Markdown.
 
-    Without matplotlib there is no picture, and a line says so; raises OSError.
+    Where that fails, as without matplotlib, a line says so instead. Raises OSError.
     """
+    png = io.BytesIO()
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        log.info(f"note       {path.name} is not drawn: pip install matplotlib")
+
+        figure = Figure(layout="constrained")
+        draw(figure, *content)
+        figure.savefig(png, format="png")
+    except Exception as error:  # no picture is worth a run
+        log.info(f"note       {path.name} is not drawn ({error}): pip install 'matplotlib>=3.7'")
+        path.unlink(missing_ok=True)
         return ""
-    figure, png = Figure(layout="constrained"), io.BytesIO()
-    draw(figure, *content)
-    figure.savefig(png, format="png")
     write_atomically(path, png.getvalue())
-    return f"![{path.stem}]({path.name})\n\n"
+    return f"{caption}\n\n![{path.stem}]({path.name})\n\n"
+
+
+def existing(directory: Path, names: Iterable[str]) -> str:
+    """Return the log line that says which of these files there are."""
+    there = [name for name in names if (directory / name).exists()]
+    return f"files      {', '.join(there)} in {directory}"
 
 
 def load_run(directory: Path) -> dict:
-    """Return what config.json says, and as "history" the rows of metrics.csv and times.csv.
+    """Return what config.json, metrics.csv and times.csv say: "history" holds the epochs' numbers.
 
     Raises UserError if the directory holds no run with a finished epoch.
     """
@@ -944,11 +971,19 @@ def load_run(directory: Path) -> dict:
                   for name in ("metrics.csv", "times.csv")]
         history = [{name: float(value) for name, value in (metrics | times).items()
                     if name != "dataset"} for metrics, times in zip(*tables, strict=False)]
-        run = {name: config[name] for name in ("script", "bar", "command", "runtime", "torch",
-                                                "settings")}
-        return run | {"directory": directory, "history": history, "last": history[-1]}
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{directory}: holds no run with a finished epoch ({error})") from error
+        last, bar = history[-1], config.get("bar")
+        rate = statistics.harmonic_mean([row["images_per_second"] for row in history])
+        row = (directory, config["settings"]["seed"],
+               f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['test_acc']:.2%}",
+               f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
+               verdict(last["test_acc"], bar),
+               duration(sum(epoch["seconds"] for epoch in history)), f"{rate:.0f}")
+        environment = {name: config[name] for name in ("command", "runtime", "torch")}
+        return {"script": config["script"], "settings": dict(config["settings"]), "bar": bar,
+                "environment": environment, "history": history, "row": row}
+    except Exception as error:  # what is no run can raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{directory}: holds no run with a finished epoch ({reason})") from error
 
 
 def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
@@ -965,18 +1000,12 @@ def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
     return groups
 
 
-LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"), ("#000000", "v"))
-
-
 def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
-    """Draw loss, accuracy and rate over the epochs, one group one colour: mean and range.
-
-    The colours are Okabe & Ito's (2008), which the colour-blind can tell apart; markers and dashes
-    do without any.
-    """
+    """Draw loss, accuracy and rate over the epochs; of each group's runs the mean and the range."""
     figure.set_size_inches(12, 4.5)
     panels = dict(zip(("loss", "acc", "lr"), figure.subplots(1, 3), strict=True))
-    for (label, runs), (colour, marker) in zip(groups.items(), itertools.cycle(LOOKS)):
+    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS))
+    for (label, runs), (colour, marker) in zip(groups.items(), looks, strict=False):
         epochs = min(len(run["history"]) for run in runs)  # some may still be running
         look = {"color": colour, "marker": marker, "markersize": 4, "markevery": -(-epochs // 10)}
         for name in runs[0]["history"][0]:
@@ -993,8 +1022,8 @@ def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
                                               alpha=0.25)
     for bar in sorted({run["bar"] for runs in groups.values() for run in runs if run["bar"]}):
         panels["acc"].axhline(bar, color="0.3", linestyle="-.", label=f"the course's {bar:.0f}%")
-    titles = {"loss": "cross entropy, nats", "acc": "accuracy, %",
-              "lr": "learning rate at the end of the epoch"}
+    titles = {"loss": "cross entropy, nats (train: label smoothing included)",
+              "acc": "accuracy, %", "lr": "learning rate at the end of the epoch"}
     for quantity, panel in panels.items():
         panel.set(xlabel="epoch", ylabel=titles[quantity])
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -1004,117 +1033,106 @@ def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
 
 
-def write_report(directories: list[Path], report: Path, picture: str) -> None:
-    """Write a report on one run or several, with their curves beside it.
+def write_report(directories: list[Path], into: Path, report: str, picture: str) -> list[str]:
+    """Write a report on one run or several, and a picture of their curves, into a directory.
 
-    Raises UserError if a directory holds no run, and OSError.
+    Returns, for each group of runs that differ in nothing but the seed, a line with the mean of the
+    finished ones. Raises UserError if a directory holds no run, and OSError.
     """
     runs = [load_run(directory) for directory in directories]
     groups = group_runs(runs)
-    report.parent.mkdir(parents=True, exist_ok=True)
-    text = f"# {'; '.join(groups)}\n\nNumbers are those of the last epoch, not of the best.\n\n"
-    text += markdown_table(
-        ("run", "seed", "epochs", "test accuracy", "top 5", "test loss", "", "time",
-         "training images/s"), map(_run_row, runs))
-    text += write_picture(report.with_name(picture), draw_curves, groups)
-    if len(runs) == 1:
-        environment = {name: runs[0][name] for name in ("command", "runtime", "torch")}
-        text += markdown_table(("environment", ""), environment.items())
-        text += markdown_table(("setting", ""), runs[0]["settings"].items())
-    else:
+    text = "Numbers are those of the last epoch, not of the best.\n\n"
+    text += markdown_table(("run", "seed", "epochs", "test accuracy", "top 5", "test loss", "",
+                            "time", "training images/s"), [run["row"] for run in runs])
+    text += write_picture(into / picture, "", draw_curves, groups)
+    rows = []
+    for label, group in groups.items():
+        last = [run["history"][-1] for run in group]
+        accuracies = [row["test_acc"] for row in last if row["epoch"] == row["epochs"]]
+        rows.append((label, len(accuracies),
+                     f"{statistics.mean(accuracies):.2%}" if accuracies else "-",
+                     f"{statistics.stdev(accuracies):.2%}" if len(accuracies) > 1 else "-"))
+    if len(runs) > 1:
         text += markdown_table(
-            ("settings", "runs", "mean test accuracy", "standard deviation"),
-            [(label, *mean_and_deviation(group)) for label, group in groups.items()])
-    write_atomically(report, text.encode())
+            ("settings", "finished runs", "mean test accuracy", "standard deviation"), rows)
+    else:
+        text += markdown_table(("environment", ""), runs[0]["environment"].items())
+        text += markdown_table(("setting", ""), runs[0]["settings"].items())
+    write_text(into / report, text)
+    return [f"{label}: finished runs {count}, mean test accuracy {mean}, standard deviation "
+            f"{deviation}" for label, count, mean, deviation in rows]
 
 
-def _run_row(run: dict) -> tuple:
-    last, seconds = run["last"], sum(row["seconds"] for row in run["history"])
-    rate = statistics.harmonic_mean([row["images_per_second"] for row in run["history"]])
-    return (run["directory"], run["settings"]["seed"],
-            f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['test_acc']:.2%}",
-            f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
-            verdict(last["test_acc"], run["bar"]), duration(seconds), f"{rate:.0f}")
-
-
-def mean_and_deviation(runs: list[dict]) -> tuple[int, str, str]:
-    """Return number, mean and standard deviation of the runs' last test accuracies."""
-    accuracies = [run["last"]["test_acc"] for run in runs]
-    deviation = f"{statistics.stdev(accuracies):.2%}" if len(runs) > 1 else "-"
-    return len(runs), f"{statistics.mean(accuracies):.2%}", deviation
-
-
-def compare(args: argparse.Namespace) -> None:
-    """Write comparison.md and comparison.png on the runs of --compare, and print their means."""
-    write_report(args.compare, args.output_dir / "comparison.md", "comparison.png")
-    for label, runs in group_runs([load_run(directory) for directory in args.compare]).items():
-        count, mean, deviation = mean_and_deviation(runs)
-        log.info(f"{label}: {count} run{'s' * (count > 1)}, mean test accuracy {mean}, "
-                 f"standard deviation {deviation}")
-    log.info(f"files      comparison.md, comparison.png in {args.output_dir}")
-
-
-CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
+def compare(directories: list[Path], into: Path) -> None:
+    """Write comparison.md and comparison.png on these runs, and print the means."""
+    if RANK:
+        return
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        for line in write_report(list(dict.fromkeys(directories)), into, *COMPARISON):
+            log.info(line)
+    except OSError as error:
+        raise UserError(f"--output-dir {into}: cannot be written ({error})") from error
+    log.info(existing(into, COMPARISON))
 
 
 class TestResult(NamedTuple):
-    """What logits (N, C) for labels (N,) are worth; accuracies and confidences of 0..1."""
+    """What logits (N, C) for labels (N,) are worth; confidences and accuracies of 0..1."""
 
-    loss: float  # mean cross entropy, nats
-    top1: float
-    top5: float
+    metrics: Metrics  # the loss in nats
     confusion: np.ndarray  # int64 (C, C): images of class [row] that were taken for [column]
-    bins: np.ndarray  # (15, 3): images, mean confidence and accuracy by confidence; NaN if none
+    bins: np.ndarray  # (15, 3), by confidence: images, mean confidence, accuracy; NaN without any
     calibration_error: float  # expected, Guo et al. 2017, arXiv:1706.04599, equation 3
-    mistakes: list[tuple[int, int, float]]  # image, class that it was taken for, confidence; sorted
+    mistakes: list[tuple[int, int, float]]  # 30 surest: image, class it was taken for, confidence
 
 
 def assess(logits: torch.Tensor, labels: torch.Tensor) -> TestResult:
     """Return what float32 logits (N, C) are worth, given int64 labels (N,)."""
     classes = logits.shape[1]
-    likeliest = logits.topk(5).indices  # as in evaluate: those of bf16 hold ties
+    likeliest = logits.topk(5).indices  # as in evaluate, for those of bf16 hold ties
     predicted = likeliest[:, 0]
     confidence = logits.softmax(1).gather(1, likeliest)[:, 0]
     right = predicted == labels
+    top5 = (likeliest == labels[:, None]).any(1)
     pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
-    place = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    bin_of = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
     counts, confidences, rights = (
-        torch.bincount(place, weights, CALIBRATION_BINS).double()
+        torch.bincount(bin_of, weights, CALIBRATION_BINS).double()
         for weights in (None, confidence.double(), right.double())
     )
     wrong = (~right).nonzero()[:, 0]
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:30]
     return TestResult(
-        F.cross_entropy(logits.double(), labels).item(),
-        right.double().mean().item(),
-        (likeliest == labels[:, None]).any(1).double().mean().item(),
+        Metrics(F.cross_entropy(logits.double(), labels).item(), right.double().mean().item(),
+                top5.double().mean().item(), len(labels)),
         pairs.view(classes, classes).numpy(),
         torch.stack([counts, confidences / counts, rights / counts], 1).numpy(),
         ((rights - confidences).abs().sum() / len(labels)).item(),
-        [(i, predicted[i].item(), confidence[i].item()) for i in wrong.tolist()],
+        list(zip(wrong.tolist(), predicted[wrong].tolist(), confidence[wrong].tolist(),
+                 strict=True)),
     )
 
 
-def draw_confusion(figure, confusion: np.ndarray, groups: dict[str, list[int]]) -> None:
-    """Draw a confusion matrix (C, C), the classes of a group side by side."""
+def draw_confusion(figure, confusion: np.ndarray, superclasses: dict[str, list[int]]) -> None:
+    """Draw a confusion matrix (C, C), the classes of a superclass side by side."""
     figure.set_size_inches(9, 8)
-    order = [label for members in groups.values() for label in members]
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    order = [label for members in superclasses.values() for label in members]
+    shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     panel = figure.subplots()
-    image = panel.imshow(100 * shares[np.ix_(order, order)], "Greys", vmin=0, vmax=25)
+    image = panel.imshow(shares[np.ix_(order, order)], "Greys", vmin=0, vmax=25)
     figure.colorbar(image, label="% of the class's images", shrink=0.8, extend="max")
-    edges = np.cumsum([0, *map(len, groups.values())])
+    edges = np.cumsum([0, *map(len, superclasses.values())])
     middles = (edges[1:] + edges[:-1] - 1) / 2
     panel.set(xlabel="taken for", ylabel="class")
-    panel.set_xticks(middles, groups, rotation=90)
-    panel.set_yticks(middles, groups)
+    panel.set_xticks(middles, superclasses, rotation=90)
+    panel.set_yticks(middles, superclasses)
     for edge in edges[1:-1] - 0.5:
-        panel.axhline(edge, color="#0072B2", linewidth=0.3)
-        panel.axvline(edge, color="#0072B2", linewidth=0.3)
+        panel.axhline(edge, color=COLOURS[0], linewidth=0.3)
+        panel.axvline(edge, color=COLOURS[0], linewidth=0.3)
 
 
 def draw_mistakes(figure, mistakes: list[tuple[int, int, float]], split, class_names) -> None:
-    """Draw the first 30 mistakes, with both names; `split` is a data.Split."""
+    """Draw a TestResult's mistakes with both names; `split` is a data.Split."""
     figure.set_size_inches(12, 12)
     for panel in figure.subplots(5, 6).flat:
         panel.axis("off")
@@ -1124,56 +1142,61 @@ def draw_mistakes(figure, mistakes: list[tuple[int, int, float]], split, class_n
                         f"{confidence:.0%} sure", fontsize="small")
 
 
-def write_test_report(logits: torch.Tensor, dataset, superclass_of: dict[str, str],
-                      args: argparse.Namespace) -> None:
-    """Write test-report.md, confusion.csv and the pictures, and print the result.
+def report_test(logits: torch.Tensor, dataset, superclass_of: dict[str, str], into: Path) -> None:
+    """Print what logits (N, classes) of the test images are worth; write TEST_REPORTS into `into`.
 
-    `dataset` is the data.Dataset whose test images gave the logits (N, classes); `superclass_of`
-    maps class names to superclasses. Raises OSError.
+    `dataset` is a data.Dataset; `superclass_of` maps class names to superclasses.
     """
-    names, into = dataset.class_names, args.output_dir
+    if RANK:
+        return
+    names = dataset.class_names
     result = assess(logits, dataset.test.labels)
-    groups: dict[str, list[int]] = {}  # labels by superclass
+    loss, top1, top5, count = result.metrics
+    log.info(f"test loss {loss:.3f} acc {top1:6.2%} top5 {top5:6.2%}  "
+             f"({count:,} {dataset.name} images)")
+    superclasses: dict[str, list[int]] = {}  # their labels
     for label, name in enumerate(names):
-        groups.setdefault(superclass_of.get(name, "all classes"), []).append(label)
-    if RANK == 0:
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows(
-            [["class", *names], *([name, *row] for name, row in
-                                  zip(names, result.confusion.tolist(), strict=True))])
-        write_atomically(into / "confusion.csv", table.getvalue().encode())
-        text = f"# {into / 'model.pt'} on the test images of {dataset.name}\n\n"
-        text += _result_tables(result, names, groups, len(logits))
-        text += write_picture(into / "confusion.png", draw_confusion, result.confusion, groups)
-        text += "Their numbers are in confusion.csv. The most confident mistakes:\n\n"
-        text += write_picture(into / "mistakes.png", draw_mistakes, result.mistakes, dataset.test,
-                              names)
-        write_atomically(into / "test-report.md", text.encode())
-        files = [name for name in REPORTS[2:] if (into / name).exists()]
-        log.info(f"files      {', '.join(files)} in {into}")
-    log.info(f"test loss {result.loss:.3f} acc {result.top1:6.2%} top5 {result.top5:6.2%}  "
-             f"({len(logits):,} {dataset.name} images)")
+        superclasses.setdefault(superclass_of.get(name, "other"), []).append(label)
+    table = io.StringIO()
+    rows = zip(names, result.confusion.tolist(), strict=True)
+    csv.writer(table, lineterminator="\n").writerows(
+        [["class", *names], *([name, *row] for name, row in rows)])
+    try:
+        write_text(into / "confusion.csv", table.getvalue())
+        text = _result_tables(result, names, superclasses)
+        text += write_picture(into / "confusion.png", "## Confusion (numbers: confusion.csv)",
+                              draw_confusion, result.confusion, superclasses)
+        text += write_picture(into / "mistakes.png", "## The surest mistakes", draw_mistakes,
+                              result.mistakes, dataset.test, names)
+        write_text(into / "test-report.md", text)
+    except OSError as error:
+        raise UserError(f"{into}: the report cannot be written ({error})") from error
+    log.info(existing(into, TEST_REPORTS))
 
 
-def _result_tables(result: TestResult, names, groups: dict[str, list[int]], count: int) -> str:
-    confusion, totals = result.confusion, result.confusion.sum(1)
-    shares = np.diag(confusion) / np.maximum(totals, 1)
-    text = markdown_table(
+def _result_tables(result: TestResult, names, superclasses: dict[str, list[int]]) -> str:
+    def share(part: float, whole: float) -> str:
+        return f"{part / whole:.1%}" if whole else "-"
+
+    confusion, totals, right = result.confusion, result.confusion.sum(1), np.diag(result.confusion)
+    loss, top1, top5, count = result.metrics
+    text = "# The test set\n\n" + markdown_table(
         ("top-1 accuracy", "top-5 accuracy", "cross entropy", "images"),
-        [(f"{result.top1:.2%}", f"{result.top5:.2%}", f"{result.loss:.3f} nats", f"{count:,}")])
+        [(f"{top1:.2%}", f"{top5:.2%}", f"{loss:.3f} nats", f"{count:,}")])
 
     text += "## Superclasses\n\n" + markdown_table(
         ("superclass", "right class", "right superclass"),
-        [(name, f"{np.diag(confusion)[members].sum() / totals[members].sum():.1%}",
-          f"{confusion[np.ix_(members, members)].sum() / totals[members].sum():.1%}")
-         for name, members in groups.items()])
+        [(name, share(right[members].sum(), totals[members].sum()),
+          share(confusion[np.ix_(members, members)].sum(), totals[members].sum()))
+         for name, members in superclasses.items()])
 
-    mistaken = confusion - np.diag(np.diag(confusion))
+    mistaken = confusion - np.diag(right)
+    worst_first = (right / np.maximum(totals, 1)).argsort(kind="stable")
     text += "## Classes, the worst first\n\n" + markdown_table(
         ("class", "accuracy", "most often taken for"),
-        [(names[label], f"{shares[label]:.1%}",
-          f"{names[mistaken[label].argmax()]} ({mistaken[label].max()})")
-         for label in shares.argsort(kind="stable")])
+        [(names[label], share(right[label], totals[label]),
+          f"{names[row.argmax()]} ({row.max()})" if (row := mistaken[label]).any() else "-")
+         for label in worst_first])
 
     both = np.triu(mistaken + mistaken.T)
     worst = [divmod(index, len(names)) for index in (-both).argsort(axis=None, kind="stable")[:20]]
@@ -1185,9 +1208,8 @@ def _result_tables(result: TestResult, names, groups: dict[str, list[int]], coun
     text += ("## Calibration\n\nThe expected calibration error is "
              f"{result.calibration_error:.4f} (Guo et al. 2017): the mean distance of confidence "
              "and accuracy in these bins, weighted by their images.\n\n")
-    text += markdown_table(
+    return text + markdown_table(
         ("confidence", "images", "mean confidence", "accuracy"),
-        [(f"{low:.3f} to {high:.3f}", f"{images:.0f}", f"{sure:.1%}", f"{right:.1%}")
-         for low, high, (images, sure, right) in
+        [(f"{low:.3f} to {high:.3f}", f"{images:.0f}", f"{confidence:.1%}", f"{accuracy:.1%}")
+         for low, high, (images, confidence, accuracy) in
          zip(edges[:-1], edges[1:], result.bins, strict=True) if images])
-    return text + "## Confusion\n\n"

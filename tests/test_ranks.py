@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_one_process(tmp_path, ranks, batch_size, step):
 
 
 def print_numbers(path: str) -> None:
-    """Save the numbers of the images that an epoch gives this rank; print the evaluation."""
+    """Save the numbers of the images that an epoch gives this rank; print what is evaluated."""
     runtime = choose_cpu()
     values = torch.arange(97, dtype=torch.uint8)
     numbered = data.Split(values.view(-1, 1, 1, 1).expand(97, 3, 32, 32), values.long())
@@ -93,7 +93,9 @@ def print_numbers(path: str) -> None:
                f"{path}{runtime.rank}")
     torch.manual_seed(0)
     test = data.Batches(data.synthetic(1, 3).test, 32, data.CIFAR100_STATS, runtime)
-    print(utils.evaluate(models.ResNet(), test.in_order(), runtime))
+    model = models.ResNet()
+    logits = utils.compute_logits(model, test, 32, runtime)
+    print(utils.evaluate(model, test.in_order(), runtime), logits.topk(3).indices.tolist())
 
 
 def test_every_image_is_seen_once_and_the_evaluation_is_equal(tmp_path):

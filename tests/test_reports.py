@@ -2,16 +2,19 @@
 
 import csv
 import fcntl
+import functools
 import io
 import json
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
 import termios
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,13 +99,16 @@ def test_curves_show_the_numbers_of_a_run_in_three_panels_with_the_bar(tmp_path)
     loss, accuracy, rate = figure.axes
     for panel, names in ((loss, ["train_loss", "test_loss"]), (accuracy, ["train_acc", "test_acc"]),
                          (rate, ["lr"])):
-        assert panel.get_xlabel() == "epoch" and panel.get_ylabel()
+        assert panel.get_xlabel() == "epoch"
         for line, name in zip(panel.lines, names, strict=False):
             scale = 100 if panel is accuracy else 1
             np.testing.assert_allclose(line.get_ydata(), scale * numbers[name])
             assert list(line.get_xdata()) == [1, 2, 3]
     assert list(accuracy.lines[2].get_ydata()) == [60, 60]
-    assert {len(loss.lines), len(rate.lines)} == {2, 1} and len(accuracy.lines) == 3
+    assert [len(panel.lines) for panel in figure.axes] == [2, 3, 1]
+    assert "nats" in loss.get_ylabel() and "%" in accuracy.get_ylabel()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "train_resnet train", "train_resnet test", "the course's 60%"]
     assert loss.lines[0].get_linestyle() != loss.lines[1].get_linestyle(), "without colours, too"
 
 
@@ -129,7 +135,7 @@ def test_seeds_are_compared_as_mean_range_and_table(tmp_path):
     assert process.returncode == 0, process.stderr
     last = [100 * numbers["test_acc"][-1] for numbers in both]
     mean, deviation = f"{np.mean(last):.2f}%", f"{np.std(last, ddof=1):.2f}%"
-    line = f"lr 0.1: 2 runs, mean test accuracy {mean}, standard deviation {deviation}"
+    line = f"lr 0.1: finished runs 2, mean test accuracy {mean}, standard deviation {deviation}"
     assert line in process.stdout
     runs, seeds = tables((tmp_path / "new" / "dir" / "comparison.md").read_text())
     assert [row[0] for row in runs] == [str(name) for name in names]
@@ -137,32 +143,77 @@ def test_seeds_are_compared_as_mean_range_and_table(tmp_path):
     assert (tmp_path / "new" / "dir" / "comparison.png").read_bytes().startswith(PNG)
 
 
-def test_groups_differ_in_luminance_or_marker():
-    """In black and white the markers tell them apart, and no colour is too light for paper."""
-    assert len({marker for _, marker in utils.LOOKS}) == len(utils.LOOKS)
-    assert all(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) < 0.7 for colour, _ in utils.LOOKS)
+def test_no_two_of_thirty_groups_look_the_same(tmp_path):
+    """And in black and white at least six do not; no colour is too light for paper."""
+    runs = []
+    for i in range(30):
+        made_up_run(tmp_path / str(i), lr=i)
+        runs.append(utils.load_run(tmp_path / str(i)))
+    figure = Figure()
+    utils.draw_curves(figure, utils.group_runs(runs))
+    looks = [(line.get_color(), line.get_marker()) for line in figure.axes[2].lines]
+    assert len(set(looks)) == 30 and len({marker for _, marker in looks[:6]}) == 6
+    assert all(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) < 0.7 for colour, _ in looks)
 
 
-@pytest.mark.parametrize("broken", ["config.json", "metrics.csv"])
-def test_what_is_no_run_is_refused_in_a_line(tmp_path, broken):
+def test_an_unfinished_run_is_drawn_but_not_in_the_mean(tmp_path):
+    last = made_up_run(tmp_path / "whole", seed=0)["test_acc"][-1]
+    made_up_run(tmp_path / "half", seed=1)
+    for name in ("metrics.csv", "times.csv"):
+        lines = (tmp_path / "half" / name).read_text().splitlines()
+        (tmp_path / "half" / name).write_text("\n".join(lines[:-1]) + "\n")
+    for _ in range(2):  # what the first leaves behind is not in the way of the second
+        utils.compare([tmp_path / "whole", tmp_path / "half"], tmp_path)
+    runs, groups = tables((tmp_path / "comparison.md").read_text())
+    assert [row[2] for row in runs] == ["3 of 3", "2 of 3"]
+    assert groups == [["train_resnet", "1", f"{last:.2%}", "-"]]
+
+
+def test_bars_in_a_path_do_not_break_the_table(tmp_path):
+    made_up_run(tmp_path / "a|b")
+    utils.compare([tmp_path / "a|b", tmp_path / "a|b"], tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "a\\|b | 0 | 3 of 3 |" in text and "a device" in text, "and twice the same is one run"
+
+
+@pytest.mark.parametrize("broken, content", [
+    ("config.json", ""), ("config.json", "[1]"), ("config.json", '{"settings": []}'),
+    ("metrics.csv", ""), ("metrics.csv", "epoch,epochs\n1,1\n"), ("times.csv", None),
+])
+def test_what_is_no_run_is_refused_in_a_line(tmp_path, broken, content):
     made_up_run(tmp_path / "run")
-    (tmp_path / "run" / broken).write_text("")
-    process = script("train_resnet", "--compare", tmp_path / "run",
-                     "--output-dir", tmp_path / "new")
+    (tmp_path / "run" / broken).unlink()
+    if content is not None:
+        (tmp_path / "run" / broken).write_text(content)
+    with pytest.raises(utils.UserError, match="run: holds no run with a finished epoch"):
+        utils.compare([tmp_path / "run"], tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_output_dir_that_is_a_file_is_a_mistake(tmp_path):
+    made_up_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    process = script("train_resnet", "--compare", tmp_path / "run", "--output-dir",
+                     tmp_path / "file")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
-    assert "holds no run with a finished epoch" in process.stderr
-    assert not (tmp_path / "new").exists()
+    assert f"--output-dir {tmp_path / 'file'}: cannot be written" in process.stderr
 
 
 def no_matplotlib():
     sys.modules["matplotlib.figure"] = None
 
 
-def test_without_matplotlib_the_report_is_there_and_a_line_says_what_to_install(tmp_path):
+def test_without_matplotlib_a_line_says_what_to_install(tmp_path):
     process = script("train_resnet", *SHORT, "--output-dir", tmp_path, before=no_matplotlib)
     assert process.returncode == 0, process.stderr
-    assert "curves.png is not drawn: pip install matplotlib" in process.stdout
+    assert re.search(r"curves.png is not drawn .*: pip install 'matplotlib>=3.7'\n", process.stdout)
     assert (tmp_path / "report.md").exists() and not (tmp_path / "curves.png").exists()
+    (tmp_path / "mistakes.png").touch()  # of an earlier model
+    process = script("train_resnet", "--eval-only", "--output-dir", tmp_path, before=no_matplotlib)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("is not drawn") == 2
+    assert process.stdout.endswith(f"files      test-report.md, confusion.csv in {tmp_path}\n")
+    assert "png" not in (tmp_path / "test-report.md").read_text()
 
 
 def guesses(count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
@@ -180,8 +231,7 @@ def test_the_test_report_says_what_numpy_says(tmp_path, caplog):
     dataset = SimpleNamespace(test=data.Split(images, torch.from_numpy(labels)), name="cifar100",
                               class_names=data.CLASS_NAMES)
     with caplog.at_level("INFO", "cifar100"):
-        utils.write_test_report(torch.from_numpy(logits), dataset, data.SUPERCLASS_OF,
-                                SimpleNamespace(output_dir=tmp_path))
+        utils.report_test(torch.from_numpy(logits), dataset, data.SUPERCLASS_OF, tmp_path)
 
     exp = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     probabilities = exp / exp.sum(1, keepdims=True)
@@ -201,7 +251,7 @@ def test_the_test_report_says_what_numpy_says(tmp_path, caplog):
     text = (tmp_path / "test-report.md").read_text()
     result, superclasses, classes, pairs, bins = tables(text)
     assert result == [[f"{top1:.2%}", f"{top5:.2%}", f"{loss:.3f} nats", "2,000"]]
-    assert f"test loss {loss:.3f} acc {top1:.2%} top5 {top5:.2%}" in caplog.messages[-1]
+    assert f"test loss {loss:.3f} acc {top1:.2%} top5 {top5:.2%}" in caplog.messages[0]
 
     big = np.array([list(data.SUPERCLASSES).index(data.SUPERCLASS_OF[name]) for name in names])
     assert len(superclasses) == 20
@@ -238,6 +288,27 @@ def test_the_test_report_says_what_numpy_says(tmp_path, caplog):
         assert (tmp_path / picture).read_bytes().startswith(PNG) and f"]({picture})" in text
 
 
+def test_classes_without_images_or_mistakes_are_said_to_be_so(tmp_path):
+    """Numbers that do not exist are not made up: neither 0/0, nor the first class by default."""
+    images = torch.zeros((1, 3, 32, 32), dtype=torch.uint8)
+    dataset = SimpleNamespace(test=data.Split(images, torch.tensor([7])), name="cifar100",
+                              class_names=data.CLASS_NAMES)
+    utils.report_test(torch.eye(100)[[7]], dataset, data.SUPERCLASS_OF, tmp_path)
+    text = (tmp_path / "test-report.md").read_text()
+    _, superclasses, classes, *_ = tables(text)
+    assert ["insects", "100.0%", "100.0%"] in superclasses and ["fish", "-", "-"] in superclasses
+    assert classes[-1] == ["beetle", "100.0%", "-"] and classes[0] == ["apple", "-", "-"]
+    assert "nan" not in text
+
+
+def test_a_report_that_cannot_be_written_is_an_error_after_the_result(finished, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    (tmp_path / "run" / "test-report.md").mkdir()
+    process = script("train_resnet", "--eval-only", "--output-dir", tmp_path / "run")
+    assert process.returncode == 2 and process.stdout.endswith("(1,000 synthetic images)\n")
+    assert process.stderr.count("\n") == 1 and "cannot be written" in process.stderr
+
+
 def test_the_confusion_picture_puts_superclasses_side_by_side():
     confusion = np.zeros((4, 4), int)
     confusion[0, 2], confusion[1, 1] = 5, 8
@@ -258,7 +329,7 @@ def test_the_sheet_shows_the_surest_mistakes_with_both_names():
     utils.draw_mistakes(figure, mistakes, data.Split(images, labels), data.CLASS_NAMES)
     confidence, taken = logits.softmax(1).max(1)
     wrong = [i for i in confidence.argsort(descending=True).tolist() if taken[i] != labels[i]]
-    assert len(figure.axes) == 30
+    assert len(figure.axes) == 30 <= len(wrong)
     for panel, i in zip(figure.axes, wrong, strict=False):
         assert panel.images[0].get_array()[0, 0, 0] == i
         name, says, sure = panel.get_title().split("\n")
@@ -267,12 +338,25 @@ def test_the_sheet_shows_the_surest_mistakes_with_both_names():
         assert sure == f"{confidence[i]:.0%} sure"
 
 
-def test_eval_only_takes_the_set_from_the_run_and_writes_the_report(finished):
-    _, output_dir = finished
-    process = script("train_resnet", "--eval-only", "--output-dir", output_dir)
+def test_a_model_is_tested_as_it_was_trained(finished, pictures, tmp_path):
+    """The data set and the size of the images come from the run, and can be said otherwise."""
+    process = script("train_resnet", "--eval-only", "--output-dir", finished[1])
     assert process.returncode == 0, process.stderr
-    assert "test-report.md, confusion.csv, confusion.png, mistakes.png in" in process.stdout
-    assert process.stdout.endswith("(1,000 synthetic images)\n")
+    assert "(1,000 synthetic images)\nfiles      test-report.md, confusion.csv, " in process.stdout
+    output_dir = tmp_path / "run"
+    script("finetune_resnet18", *SHORT, "--weights", "random", "--image-size", 40,
+           "--output-dir", output_dir)
+    (metrics,) = csv.DictReader(io.StringIO((output_dir / "metrics.csv").read_text()))
+    process = script("finetune_resnet18", "--eval-only", "--output-dir", output_dir)
+    assert f"test loss {float(metrics['test_loss']):.3f} " in process.stdout
+    command = ["--predict", pictures / "0.png", "--output-dir", output_dir]
+    same, as_said = (script("finetune_resnet18", *command, *size).stdout
+                     for size in ([], ["--image-size", 64]))
+    assert same == script("finetune_resnet18", *command, "--image-size", 40).stdout != as_said
+    config = (output_dir / "config.json").read_text()
+    (output_dir / "config.json").write_text(config.replace('"image_size": 40', '"image_size": 0'))
+    process = script("finetune_resnet18", *command)
+    assert process.returncode == 2 and "0 is not within 32" in process.stderr
 
 
 @needs_data
@@ -338,7 +422,7 @@ def test_a_picture_is_turned_cut_and_scaled(tmp_path):
     dataset, files = data.pictures("cifar100", [tmp_path / "turned.png"])
     red, green, blue = dataset.test.images[0]
     assert dataset.test.images.shape == (1, 3, 32, 32) and files == [tmp_path / "turned.png"]
-    assert int(green[:, 4:28].max()) == 0 and int(red[2:-2].min()) == 200, "the ends are cut off"
+    assert int(green[2:-2].max()) == 0 and int(red[2:-2].min()) == 200, "the ends are cut off"
     assert int(blue[:, :12].max()) == 0 and int(blue[:, 20:].min()) > 240
     assert dataset.class_names == data.CLASS_NAMES
 
@@ -360,6 +444,20 @@ def test_what_is_no_picture_is_refused_in_a_line(finished, pictures, fault, word
     assert process.stderr.count("\n") == 1 and f"{path}: {words}" in process.stderr
 
 
+@pytest.mark.parametrize("where", ["closed pipe", "/dev/full"])
+def test_predictions_that_nobody_takes_end_in_a_line(finished, pictures, where):
+    process = script("train_resnet", "--predict", pictures, "--output-dir", finished[1],
+                     before=functools.partial(write_to, where))
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
+    assert "train_resnet.py: cannot go on: " in process.stderr
+
+
+def write_to(where: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write if where == "closed pipe" else os.open(where, os.O_WRONLY), 1)
+
+
 def on_a_terminal(*command) -> str:
     """Run a command with its output on a pseudo-terminal; return what it shows."""
     master, slave = pty.openpty()
@@ -367,12 +465,15 @@ def on_a_terminal(*command) -> str:
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=slave,
                                stderr=slave, stdin=slave)
     os.close(slave)
+    killer = threading.Timer(300, process.kill)
+    killer.start()
     shown = b""
     try:
         while chunk := os.read(master, 65536):
             shown += chunk
     except OSError:  # EIO, Linux's end of a terminal
         pass
+    killer.cancel()
     os.close(master)
     assert process.wait() == 0, shown.decode()
     return shown.decode()

@@ -100,7 +100,7 @@ def test_eval_only_prints_the_same_test_accuracy(finished, name):
     evaluated = script(name, *flags)
     assert evaluated.returncode == 0
     test_part = re.search(r"test loss .* top5 +[\d.]+%", process.stdout)[0]
-    assert evaluated.stdout.splitlines()[-1] == f"{test_part}  (1,000 synthetic images)"
+    assert evaluated.stdout.splitlines()[-2] == f"{test_part}  (1,000 synthetic images)"
 
 
 def test_a_held_out_split_is_printed_beside_the_test_set(tmp_path):
