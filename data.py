@@ -522,7 +522,10 @@ def pictures(name: str, paths: list[Path]) -> tuple[Dataset, list[Path]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(file) as opened:
-                    picture = ImageOps.exif_transpose(opened).convert("RGB")
+                    picture = ImageOps.exif_transpose(opened)
+                    if picture.mode.startswith("I;16"):  # convert() would clip it to white
+                        picture = picture.point(lambda value: value / 256).convert("L")
+                    picture = picture.convert("RGB")
         except Exception as error:  # a damaged picture can raise anything
             raise UserError(f"{file}: cannot be read as a picture ({error})") from error
         picture = np.array(ImageOps.fit(picture, (32, 32)))  # (32, 32, 3)

@@ -423,8 +423,14 @@ def test_a_picture_is_turned_cut_and_scaled(tmp_path):
     red, green, blue = dataset.test.images[0]
     assert dataset.test.images.shape == (1, 3, 32, 32) and files == [tmp_path / "turned.png"]
     assert int(green[2:-2].max()) == 0 and int(red[2:-2].min()) == 200, "the ends are cut off"
-    assert int(blue[:, :12].max()) == 0 and int(blue[:, 20:].min()) > 240
+    assert int(blue[2:-2, :12].max()) == 0 and int(blue[2:-2, 20:].min()) > 240
     assert dataset.class_names == data.CLASS_NAMES
+
+
+def test_a_picture_of_16_bits_is_not_clipped(tmp_path):
+    Image.fromarray(np.full((9, 9), 25_700, np.uint16)).save(tmp_path / "grey.png")
+    dataset, _ = data.pictures("cifar100", [tmp_path / "grey.png"])
+    assert dataset.test.images.unique().tolist() == [100]
 
 
 @pytest.mark.parametrize("fault, words", [
