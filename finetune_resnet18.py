@@ -7,7 +7,7 @@ The bar of the course is 70 % test accuracy.
     python finetune_resnet18.py --dataset synthetic --weights random --image-size 64
                                                                   without data: does it run here?
     python finetune_resnet18.py --eval-only                       report on a model.pt
-    python finetune_resnet18.py --predict cat.jpg                 what is it?
+    python finetune_resnet18.py --predict tiger.jpg               what is it?
 
 The weights are the file that --weights names, or the course's or torchvision's file beside this
 script, or else torchvision's own download.

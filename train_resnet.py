@@ -6,7 +6,7 @@ The bar of the course is 60 % test accuracy.
     python train_resnet.py --data-dir PATH --epochs 5          to the bar, and not far beyond
     python train_resnet.py --dataset synthetic --epochs 2      without data: does it run here?
     python train_resnet.py --eval-only                         report on a model.pt
-    python train_resnet.py --predict cat.jpg                   what is it?
+    python train_resnet.py --predict tiger.jpg                 what is it?
 """
 
 from pathlib import Path

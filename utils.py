@@ -213,16 +213,17 @@ def _add_recipe_flags(add: Callable) -> None:
 def _add_output_flags(output) -> None:
     output.add_argument("--output-dir", type=Path, metavar="DIR",
         help="where the files of the run go")
-    action = output.add_mutually_exclusive_group()
-    action.add_argument("--resume", action="store_true",
+    existing = output.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true",
         help="go on from the checkpoint in --output-dir, if there is one")
-    action.add_argument("--overwrite", action="store_true",
+    existing.add_argument("--overwrite", action="store_true",
         help="replace the run that is in --output-dir")
-    action.add_argument("--eval-only", action="store_true",
+    instead = output.add_mutually_exclusive_group()
+    instead.add_argument("--eval-only", action="store_true",
         help="only test the model.pt in --output-dir, and write test-report.md and its pictures")
-    action.add_argument("--predict", nargs="+", type=Path, metavar="PICTURE",
+    instead.add_argument("--predict", nargs="+", type=Path, metavar="PICTURE",
         help="only classify pictures, or folders of them, with the model.pt in --output-dir")
-    action.add_argument("--compare", nargs="+", type=Path, metavar="RUN",
+    instead.add_argument("--compare", nargs="+", type=Path, metavar="RUN",
         help="only draw the curves of these output directories into one comparison.png, seeds as "
              "mean and band, and write comparison.md, both in --output-dir")
     output.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -252,13 +253,20 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def _flags_of_model(args: argparse.Namespace) -> list[str]:
-    """Return the flags that say how the model in --output-dir was trained, if config.json does."""
+    """Return the flags that say how the model in --output-dir was trained, if config.json does.
+
+    Raises UserError if the other script did.
+    """
     try:
-        settings = json.loads((args.output_dir / "config.json").read_bytes())["settings"]
+        config = json.loads((args.output_dir / "config.json").read_bytes())
+        script, settings = config["script"], config["settings"]
         flags = {"--dataset": "dataset", "--image-size": "image_size"}
-        return [f"{flag}={settings[name]}" for flag, name in flags.items() if name in settings]
+        flags = [f"{flag}={settings[name]}" for flag, name in flags.items() if name in settings]
     except (OSError, ValueError, LookupError, TypeError):
         return []
+    if script != Path(sys.argv[0]).stem:
+        raise UserError(f"{args.output_dir}: a run of {script}.py; use that script")
+    return flags
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -274,7 +282,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     if reads and "model.pt" not in held:
         raise UserError(f"{path}: holds no model.pt; a run writes it at its end")
     lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
-    if held and (lost or not (args.resume or args.overwrite or reads)):
+    if held and not reads and (lost or not (args.resume or args.overwrite)):
         raise UserError(
             f"{path}: already holds a run ({', '.join(held)}); --overwrite replaces it, --resume "
             f"goes on {'if there is a checkpoint.pt' if lost else 'with it'}, --output-dir names "
@@ -993,7 +1001,7 @@ def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
         of_script = [other["settings"] for other in runs if other["script"] == run["script"]]
         differing = [
             f"{name} {value}" for name, value in run["settings"].items()
-            if name not in FREE_SETTINGS | {"seed"}
+            if name not in FREE_SETTINGS - {"weights"} | {"seed"}
             and any(other.get(name) != value for other in of_script)
         ]
         groups.setdefault(" ".join([run["script"], *differing]), []).append(run)

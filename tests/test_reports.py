@@ -347,12 +347,14 @@ def test_a_model_is_tested_as_it_was_trained(finished, pictures, tmp_path):
     script("finetune_resnet18", *SHORT, "--weights", "random", "--image-size", 40,
            "--output-dir", output_dir)
     (metrics,) = csv.DictReader(io.StringIO((output_dir / "metrics.csv").read_text()))
-    process = script("finetune_resnet18", "--eval-only", "--output-dir", output_dir)
+    process = script("finetune_resnet18", "--eval-only", "--output-dir", output_dir, "--resume")
     assert f"test loss {float(metrics['test_loss']):.3f} " in process.stdout
     command = ["--predict", pictures / "0.png", "--output-dir", output_dir]
     same, as_said = (script("finetune_resnet18", *command, *size).stdout
                      for size in ([], ["--image-size", 64]))
     assert same == script("finetune_resnet18", *command, "--image-size", 40).stdout != as_said
+    process = script("train_resnet", *command)
+    assert process.returncode == 2 and "a run of finetune_resnet18.py; use that" in process.stderr
     config = (output_dir / "config.json").read_text()
     (output_dir / "config.json").write_text(config.replace('"image_size": 40', '"image_size": 0'))
     process = script("finetune_resnet18", *command)

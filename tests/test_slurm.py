@@ -107,12 +107,14 @@ def test_an_array_trains_a_seed_in_each_job(checkout):
     ends = [contents(checkout / f"output/train_resnet-seed{task}") for task in "01"]
     assert ends[0]["model.pt"] != ends[1]["model.pt"]
     readme = (ROOT / "README.md").read_text().splitlines()
-    (summary,) = (line for line in readme if line.startswith("tail -qn 1 output/train_resnet-"))
+    (summary,) = (line for line in readme if "--compare output/train_resnet-seed*" in line)
     shown = subprocess.run(["bash", "-c", f"source .venv/bin/activate; {summary}"], check=True,
-                           capture_output=True, text=True).stdout.split()
+                           capture_output=True, text=True).stdout
     rows = [csv.DictReader(io.StringIO(end["metrics.csv"].decode())) for end in ends]
     accuracies = [100 * float(list(row)[-1]["test_acc"]) for row in rows]
-    assert list(map(float, shown)) == [statistics.mean(accuracies), statistics.stdev(accuracies)]
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    assert f"accuracy {mean:.2f}%, standard deviation {deviation:.2f}%\n" in shown
+    assert (checkout / "output" / "comparison.png").exists()
 
 
 def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkout, monkeypatch):
