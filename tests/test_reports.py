@@ -225,67 +225,87 @@ def guesses(count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
     return logits, labels
 
 
-def test_the_test_report_says_what_numpy_says(tmp_path, caplog):
+NAMES = list(data.CLASS_NAMES)
+
+
+@pytest.fixture
+def reported(tmp_path, caplog):
+    """A report on guesses, and what numpy says of them."""
     logits, labels = guesses()
     images = torch.randint(256, (len(labels), 3, 32, 32), dtype=torch.uint8)
     dataset = SimpleNamespace(test=data.Split(images, torch.from_numpy(labels)), name="cifar100",
                               class_names=data.CLASS_NAMES)
     with caplog.at_level("INFO", "cifar100"):
         utils.report_test(torch.from_numpy(logits), dataset, data.SUPERCLASS_OF, tmp_path)
-
     exp = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    probabilities = exp / exp.sum(1, keepdims=True)
-    loss = -np.log(probabilities[np.arange(len(labels)), labels]).mean()
     order = np.argsort(-logits, 1)
-    top1, top5 = (order[:, 0] == labels).mean(), (order[:, :5] == labels[:, None]).any(1).mean()
     confusion = np.zeros((100, 100), int)
     for label, taken in zip(labels, order[:, 0], strict=True):
         confusion[label, taken] += 1
-    names = list(data.CLASS_NAMES)
-
-    with open(tmp_path / "confusion.csv") as file:
-        header, *rows = csv.reader(file)
-    assert header == ["class", *names] and [row[0] for row in rows] == names
-    assert np.array_equal(np.array([row[1:] for row in rows], int), confusion)
-
     text = (tmp_path / "test-report.md").read_text()
-    result, superclasses, classes, pairs, bins = tables(text)
-    assert result == [[f"{top1:.2%}", f"{top5:.2%}", f"{loss:.3f} nats", "2,000"]]
-    assert f"test loss {loss:.3f} acc {top1:.2%} top5 {top5:.2%}" in caplog.messages[0]
+    return SimpleNamespace(directory=tmp_path, text=text, tables=tables(text), labels=labels,
+                           probabilities=exp / exp.sum(1, keepdims=True), order=order,
+                           taken=order[:, 0], confusion=confusion, log=caplog.messages)
 
-    big = np.array([list(data.SUPERCLASSES).index(data.SUPERCLASS_OF[name]) for name in names])
+
+def test_the_report_has_accuracy_loss_confusion_and_pictures(reported):
+    labels = reported.labels
+    loss = -np.log(reported.probabilities[np.arange(len(labels)), labels]).mean()
+    top1, top5 = ((reported.order[:, :k] == labels[:, None]).any(1).mean() for k in (1, 5))
+    assert reported.tables[0] == [[f"{top1:.2%}", f"{top5:.2%}", f"{loss:.3f} nats", "2,000"]]
+    assert f"test loss {loss:.3f} acc {top1:.2%} top5 {top5:.2%}" in reported.log[0]
+    with open(reported.directory / "confusion.csv") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["class", *NAMES] and [row[0] for row in rows] == NAMES
+    assert np.array_equal(np.array([row[1:] for row in rows], int), reported.confusion)
+    for picture in ("confusion.png", "mistakes.png"):
+        assert (reported.directory / picture).read_bytes().startswith(PNG)
+        assert f"]({picture})" in reported.text
+
+
+def test_the_report_has_every_class_and_superclass(reported):
+    superclasses, classes = reported.tables[1:3]
+    groups = list(data.SUPERCLASSES)
+    group = np.array([groups.index(data.SUPERCLASS_OF[name]) for name in NAMES])
     assert len(superclasses) == 20
     for name, right_class, right_superclass in superclasses:
-        inside = big[labels] == list(data.SUPERCLASSES).index(name)
-        assert right_class == f"{(order[inside, 0] == labels[inside]).mean():.1%}"
-        assert right_superclass == f"{(big[order[inside, 0]] == big[labels[inside]]).mean():.1%}"
+        inside = group[reported.labels] == groups.index(name)
+        labels, taken = reported.labels[inside], reported.taken[inside]
+        assert right_class == f"{(taken == labels).mean():.1%}"
+        assert right_superclass == f"{(group[taken] == group[labels]).mean():.1%}"
 
-    assert sorted(row[0] for row in classes) == names
+    assert sorted(row[0] for row in classes) == NAMES
     shares = [float(accuracy.rstrip("%")) for _, accuracy, _ in classes]
     assert shares == sorted(shares), "the worst first"
     for name, accuracy, taken in classes:
-        row = confusion[names.index(name)].copy()
-        assert accuracy == f"{row[names.index(name)] / row.sum():.1%}"
-        row[names.index(name)] = 0
-        assert re.fullmatch(r"(\w+) \((\d+)\)", taken)[2] == str(row.max())
+        row = reported.confusion[NAMES.index(name)].copy()
+        assert accuracy == f"{row[NAMES.index(name)] / row.sum():.1%}"
+        row[NAMES.index(name)] = 0
+        other, count = re.fullmatch(r"(\w+) \((\d+)\)", taken).groups()
+        assert int(count) == row.max() == row[NAMES.index(other)]
 
+
+def test_the_report_has_the_most_confused_pairs(reported):
+    confusion, pairs = reported.confusion, reported.tables[3]
     counted = [confusion[a, b] + confusion[b, a] for a in range(100) for b in range(a)]
     assert [int(one) + int(other) for *_, one, other in pairs] == sorted(counted)[::-1][:20]
     for a, b, one, other in pairs:
-        assert int(one) == confusion[names.index(a), names.index(b)]
-        assert int(other) == confusion[names.index(b), names.index(a)]
+        assert int(one) == confusion[NAMES.index(a), NAMES.index(b)]
+        assert int(other) == confusion[NAMES.index(b), NAMES.index(a)]
 
-    confidence, error, shown = probabilities.max(1), 0, iter(bins)
+
+def test_the_report_has_the_calibration_with_its_bins(reported):
+    confidence, right = reported.probabilities.max(1), reported.taken == reported.labels
+    error, expected = 0, []
     for low, high in zip(np.arange(15) / 15, np.arange(1, 16) / 15, strict=True):
         inside = (low < confidence) & (confidence <= high)
         if inside.any():
-            right, sure = (order[:, 0] == labels)[inside].mean(), confidence[inside].mean()
-            error += inside.mean() * abs(right - sure)
-            assert next(shown)[1:] == [str(inside.sum()), f"{sure:.1%}", f"{right:.1%}"]
-    assert next(shown, None) is None
-    assert f"expected calibration error is {error:.4f}" in text
-    for picture in ("confusion.png", "mistakes.png"):
-        assert (tmp_path / picture).read_bytes().startswith(PNG) and f"]({picture})" in text
+            sure, accuracy = confidence[inside].mean(), right[inside].mean()
+            error += inside.mean() * abs(accuracy - sure)
+            expected.append([f"{low:.3f} to {high:.3f}", str(inside.sum()), f"{sure:.1%}",
+                             f"{accuracy:.1%}"])
+    assert reported.tables[4] == expected
+    assert f"expected calibration error is {error:.4f}" in reported.text
 
 
 def test_classes_without_images_or_mistakes_are_said_to_be_so(tmp_path):
