@@ -1030,7 +1030,7 @@ def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
                                               alpha=0.25)
     for bar in sorted({run["bar"] for runs in groups.values() for run in runs if run["bar"]}):
         panels["acc"].axhline(bar, color="0.3", linestyle="-.", label=f"the course's {bar:.0f}%")
-    titles = {"loss": "cross entropy, nats (train: label smoothing included)",
+    titles = {"loss": "cross entropy, nats (train: smoothed)",
               "acc": "accuracy, %", "lr": "learning rate at the end of the epoch"}
     for quantity, panel in panels.items():
         panel.set(xlabel="epoch", ylabel=titles[quantity])

@@ -17,7 +17,8 @@ from subprocess import CompletedProcess
 
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torchvision", "tqdm", "pytest"])
+_CONTEXT.set_forkserver_preload(["torch", "torchvision", "tqdm", "pytest",
+                                 "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 
 def script(name: str, *flags, **kwargs) -> CompletedProcess:
