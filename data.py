@@ -1,7 +1,7 @@
 """CIFAR-100: find it, read it, check it, and feed it to the network.
 
 `load()` finds the data set in any of its three formats, or downloads it; `synthetic()` draws a
-stand-in that needs no file; `pictures()` reads the user's own. All return a `Dataset` of uint8
+stand-in that needs no file; `pictures()` reads the user's own. All make a `Dataset` of uint8
 images. `Batches` keeps one split on the training device and does there, batch by batch, all that
 other code leaves to worker processes.
 """
@@ -64,7 +64,7 @@ SUPERCLASSES = {
 SUPERCLASS_OF = {name: group for group, names in SUPERCLASSES.items() for name in names.split()}
 CLASS_NAMES = tuple(sorted(SUPERCLASS_OF))
 SYNTHETIC_NAMES = tuple(f"hue {label % 10} plaid {label // 10}" for label in range(CLASSES))
-PICTURES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 # md5 sums of the official files, https://www.cs.toronto.edu/~kriz/cifar.html and torchvision.
 OFFICIAL_MD5 = {
@@ -512,9 +512,10 @@ def pictures(name: str, paths: list[Path]) -> tuple[Dataset, list[Path]]:
 
     files = []
     for path in paths:
-        inside = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in PICTURES)
+        inside = sorted(file for file in path.glob("[!.]*")
+                        if file.suffix.lower() in PICTURE_SUFFIXES)
         if path.is_dir() and not inside:
-            raise UserError(f"{path}: holds no picture ({' '.join(PICTURES)})")
+            raise UserError(f"{path}: holds no picture ({' '.join(PICTURE_SUFFIXES)})")
         files += inside or [path]
     images = []
     for file in files:
@@ -523,8 +524,9 @@ def pictures(name: str, paths: list[Path]) -> tuple[Dataset, list[Path]]:
                 warnings.simplefilter("ignore")
                 with Image.open(file) as opened:
                     picture = ImageOps.exif_transpose(opened)
-                    if picture.mode.startswith("I;16"):  # convert() would clip it to white
-                        picture = picture.point(lambda value: value / 256).convert("L")
+                    if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
+                        pixels = (np.asarray(picture) // 256).clip(0, 255)
+                        picture = Image.fromarray(pixels.astype(np.uint8))
                     picture = picture.convert("RGB")
         except Exception as error:  # a damaged picture can raise anything
             raise UserError(f"{file}: cannot be read as a picture ({error})") from error
@@ -616,7 +618,10 @@ class Batches:
             yield self._augment(*share, size), self.labels[share[0]], weight
 
     def _augment_eagerly(self, chosen, down, right, flip, size: int) -> Tensor:
-        """Pick, reflect-pad, crop and flip (B,) images in one gather; normalise and resize them."""
+        """Pick, reflect-pad, crop and flip (B,) images in one gather; normalise and resize.
+
+        Returns float32 (B, 3, size, size).
+        """
         rows = _reflect(self.pixels + down[:, None])  # (B, 32)
         columns = _reflect(self.pixels + right[:, None])
         columns = torch.where(flip[:, None] == 1, columns.flip(1), columns)

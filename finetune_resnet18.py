@@ -6,7 +6,7 @@ The bar of the course is 70 % test accuracy.
     python finetune_resnet18.py --data-dir PATH --epochs 2        half of it, and past the bar
     python finetune_resnet18.py --dataset synthetic --weights random --image-size 64
                                                                   without data: does it run here?
-    python finetune_resnet18.py --eval-only                       report on a model.pt
+    python finetune_resnet18.py --eval-only --data-dir PATH       report on a model.pt
     python finetune_resnet18.py --predict tiger.jpg               what is it?
 
 The weights are the file that --weights names, or the course's or torchvision's file beside this
@@ -81,7 +81,7 @@ def test(args, runtime: utils.Runtime) -> None:
         dataset, files = data.pictures(args.dataset, args.predict)
     else:
         dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
-        utils.print_header(runtime, dataset, model, args.val_size)
+        utils.print_header(runtime, dataset, model, val_size=0)
     batches = data.Batches(dataset.test, EVAL_BATCH, data.IMAGENET_STATS, runtime)
     logits = utils.compute_logits(model, batches, args.image_size, runtime)
     if args.predict:

@@ -5,7 +5,7 @@ The bar of the course is 60 % test accuracy.
     python train_resnet.py --data-dir PATH                     the recipe, 20 epochs
     python train_resnet.py --data-dir PATH --epochs 5          to the bar, and not far beyond
     python train_resnet.py --dataset synthetic --epochs 2      without data: does it run here?
-    python train_resnet.py --eval-only                         report on a model.pt
+    python train_resnet.py --eval-only --data-dir PATH         report on a model.pt
     python train_resnet.py --predict tiger.jpg                 what is it?
 """
 
@@ -121,7 +121,7 @@ def test(args, runtime: utils.Runtime) -> None:
         dataset, files = data.pictures(args.dataset, args.predict)
     else:
         dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
-        utils.print_header(runtime, dataset, model, args.val_size)
+        utils.print_header(runtime, dataset, model, val_size=0)
     batches = data.Batches(dataset.test, EVAL_BATCH, data.CIFAR100_STATS, runtime)
     logits = utils.compute_logits(model, batches, 32, runtime)
     if args.predict:

@@ -26,6 +26,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +62,7 @@ TEST_REPORTS = ("test-report.md", "confusion.csv", "confusion.png", "mistakes.pn
 COMPARISON = ("comparison.md", "comparison.png")
 # Okabe & Ito's colours (2008), which the colour-blind can tell apart; markers do without any.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
-MARKERS = "osD^vX"  # another number than of colours: 30 looks
+MARKERS = "osD^vX"  # 6 and 5 have no common factor: 30 pairs
 CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
 TIMES = ("images_per_second", "seconds", "eta_seconds")  # what two equal runs differ in
 # Settings that may differ between a run and its continuation, for they do not change its course.
@@ -76,6 +77,8 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the state is saved, and the same comm
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit with the status of what it raises, after one line on stderr."""
+    with contextlib.suppress(AttributeError, OSError):  # of a stdout that is closed, or no file
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold anything
     log.addHandler(logging.StreamHandler(sys.stdout))  # it flushes after every line
     log.setLevel(logging.WARNING if RANK else logging.INFO)
     logging.raiseExceptions = False  # a full disk under the log does not end the training
@@ -124,7 +127,8 @@ def _exit_with(message: str, status: int) -> None:
     if status == STOPPED and dist.is_torchelastic_launched():
         status = 0  # torchrun would make a 1 and a page of text of any other
     try:
-        sys.stdout.flush()
+        with contextlib.suppress(RuntimeError, AttributeError):  # in the midst of a line; no stdout
+            sys.stdout.flush()
     except OSError:  # a full disk or a closed pipe, of which the interpreter would tell again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if dist.is_initialized():  # the interpreter's own end aborts now and then in gloo's threads
@@ -248,7 +252,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         return args
     check_output_dir(args)
     if args.eval_only or args.predict:  # as it was trained, unless the command says otherwise
-        args = parser.parse_args([*_flags_of_model(args), *sys.argv[1:]])
+        try:
+            args = parser.parse_args([*_flags_of_model(args), *sys.argv[1:]])
+        except UserError as error:
+            raise UserError(f"{args.output_dir / 'config.json'}: {error}") from error
     return args
 
 
@@ -265,7 +272,7 @@ def _flags_of_model(args: argparse.Namespace) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError):
         return []
     if script != Path(sys.argv[0]).stem:
-        raise UserError(f"{args.output_dir}: a run of {script}.py; use that script")
+        raise UserError(f"of a run of {script}.py; use that script")
     return flags
 
 
@@ -643,7 +650,7 @@ class Run:
             raise UserError(f"{self.output_dir}: not all is written ({error}); make room, and "
                             "the same command with --resume does what is left", 1) from error
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
-        log.info(existing(self.output_dir, (*RUN_FILES, *RUN_REPORTS)))
+        log.info(files_line(self.output_dir, (*RUN_FILES, *RUN_REPORTS)))
         accuracy = self.history[-1]["test_acc"]
         log.info(f"final test accuracy {accuracy:.2%} ({verdict(accuracy, self.bar)})")
 
@@ -906,14 +913,13 @@ def print_predictions(logits: torch.Tensor, class_names: Sequence[str], files: l
     if RANK:
         return
     likeliest = logits.softmax(1).topk(5)
-    names = [os.fsencode(file).decode("utf-8", "replace") for file in files]
-    rows = [(name, rank, class_names[label], probability)
-            for name, labels, probabilities in zip(names, likeliest.indices, likeliest.values,
+    rows = [(str(file), rank, class_names[label], probability)
+            for file, labels, probabilities in zip(files, likeliest.indices, likeliest.values,
                                                    strict=True)
             for rank, (label, probability) in enumerate(zip(labels, probabilities, strict=True), 1)]
     text = io.StringIO()
-    if sys.stdout.isatty():
-        width = max(map(len, names))
+    if sys.stdout and sys.stdout.isatty():
+        width = max(len(name) for name, *_ in rows)
         for name, rank, label, probability in rows:
             text.write(f"{name if rank == 1 else '':{width}}  {label:13} {probability:6.1%}\n")
     else:
@@ -948,30 +954,35 @@ def write_picture(path: Path, caption: str, draw: Callable, *content) -> str:
     Where that fails, as without matplotlib, a line says so instead. Raises OSError.
     """
     png = io.BytesIO()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it tells of its font cache
     try:
-        from matplotlib.figure import Figure
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from matplotlib.figure import Figure
 
-        figure = Figure(layout="constrained")
-        draw(figure, *content)
-        figure.savefig(png, format="png")
+            figure = Figure(layout="constrained")
+            draw(figure, *content)
+            figure.savefig(png, format="png")
     except Exception as error:  # no picture is worth a run
-        log.info(f"note       {path.name} is not drawn ({error}): pip install 'matplotlib>=3.7'")
+        remedy = ": pip install 'matplotlib>=3.7'" * isinstance(error, ImportError)
+        log.info(f"note       {path.name} is not drawn ({error}){remedy}")
         path.unlink(missing_ok=True)
         return ""
     write_atomically(path, png.getvalue())
     return f"{caption}\n\n![{path.stem}]({path.name})\n\n"
 
 
-def existing(directory: Path, names: Iterable[str]) -> str:
+def files_line(directory: Path, names: Iterable[str]) -> str:
     """Return the log line that says which of these files there are."""
     there = [name for name in names if (directory / name).exists()]
     return f"files      {', '.join(there)} in {directory}"
 
 
 def load_run(directory: Path) -> dict:
-    """Return what config.json, metrics.csv and times.csv say: "history" holds the epochs' numbers.
+    """Return what config.json, metrics.csv and times.csv say of a run.
 
-    Raises UserError if the directory holds no run with a finished epoch.
+    "history" holds the numbers of each epoch, "row" the cells of its row in a report, "bar" the
+    course's, in %, or None. Raises UserError if the directory holds no run with a finished epoch.
     """
     try:
         config = json.loads((directory / "config.json").read_text())
@@ -984,7 +995,7 @@ def load_run(directory: Path) -> dict:
         row = (directory, config["settings"]["seed"],
                f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['test_acc']:.2%}",
                f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
-               verdict(last["test_acc"], bar),
+               verdict(last["test_acc"], bar) if "bar" in config else "-",
                duration(sum(epoch["seconds"] for epoch in history)), f"{rate:.0f}")
         environment = {name: config[name] for name in ("command", "runtime", "torch")}
         return {"script": config["script"], "settings": dict(config["settings"]), "bar": bar,
@@ -1010,7 +1021,6 @@ def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
 
 def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
     """Draw loss, accuracy and rate over the epochs; of each group's runs the mean and the range."""
-    figure.set_size_inches(12, 4.5)
     panels = dict(zip(("loss", "acc", "lr"), figure.subplots(1, 3), strict=True))
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS))
     for (label, runs), (colour, marker) in zip(groups.items(), looks, strict=False):
@@ -1038,7 +1048,9 @@ def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
         panel.grid(alpha=0.3)
     panels["acc"].set_ylim(0, 100)
     lines = {line.get_label(): line for name in ("loss", "acc") for line in panels[name].lines}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
+    columns = max(1, 120 // max(map(len, lines)))
+    figure.set_size_inches(12, 4 + 0.25 * -(-len(lines) // columns))
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns)
 
 
 def write_report(directories: list[Path], into: Path, report: str, picture: str) -> list[str]:
@@ -1049,6 +1061,7 @@ def write_report(directories: list[Path], into: Path, report: str, picture: str)
     """
     runs = [load_run(directory) for directory in directories]
     groups = group_runs(runs)
+    into.mkdir(parents=True, exist_ok=True)
     text = "Numbers are those of the last epoch, not of the best.\n\n"
     text += markdown_table(("run", "seed", "epochs", "test accuracy", "top 5", "test loss", "",
                             "time", "training images/s"), [run["row"] for run in runs])
@@ -1076,12 +1089,11 @@ def compare(directories: list[Path], into: Path) -> None:
     if RANK:
         return
     try:
-        into.mkdir(parents=True, exist_ok=True)
         for line in write_report(list(dict.fromkeys(directories)), into, *COMPARISON):
             log.info(line)
     except OSError as error:
         raise UserError(f"--output-dir {into}: cannot be written ({error})") from error
-    log.info(existing(into, COMPARISON))
+    log.info(files_line(into, COMPARISON))
 
 
 class TestResult(NamedTuple):
@@ -1098,8 +1110,7 @@ def assess(logits: torch.Tensor, labels: torch.Tensor) -> TestResult:
     """Return what float32 logits (N, C) are worth, given int64 labels (N,)."""
     classes = logits.shape[1]
     likeliest = logits.topk(5).indices  # as in evaluate, for those of bf16 hold ties
-    predicted = likeliest[:, 0]
-    confidence = logits.softmax(1).gather(1, likeliest)[:, 0]
+    predicted, confidence = likeliest[:, 0], logits.softmax(1).amax(1)
     right = predicted == labels
     top5 = (likeliest == labels[:, None]).any(1)
     pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
@@ -1179,7 +1190,7 @@ def report_test(logits: torch.Tensor, dataset, superclass_of: dict[str, str], in
         write_text(into / "test-report.md", text)
     except OSError as error:
         raise UserError(f"{into}: the report cannot be written ({error})") from error
-    log.info(existing(into, TEST_REPORTS))
+    log.info(files_line(into, TEST_REPORTS))
 
 
 def _result_tables(result: TestResult, names, superclasses: dict[str, list[int]]) -> str:

@@ -124,6 +124,7 @@ def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkou
     """
     (checkout / "local").mkdir()
     monkeypatch.setenv("SLURM_TMPDIR", str(checkout / "local"))
+    monkeypatch.setenv("OUTPUT", "output/mine")
     flags = [*SMALL, "--weights", "random", "--image-size", 32, "--epochs", 10]
     number = submit("--time=1", "--signal=B:USR2@15", "slurm/one_gpu.sbatch", "finetune_resnet18",
                     *flags, "--checkpoint-minutes", 0)
@@ -141,7 +142,7 @@ def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkou
     final = [line for line in log.splitlines() if line.startswith("final")]
     assert final == unlimited.stdout.splitlines()[-1:]
     for name in ("model.pt", "metrics.csv"):
-        requeued = contents(checkout / "output/finetune_resnet18-seed0")[name]
+        requeued = contents(checkout / "output/mine-seed0")[name]
         assert requeued == contents(checkout / "whole")[name]
 
 
