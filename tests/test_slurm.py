@@ -132,8 +132,10 @@ def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkou
     log = log_of(number)
     restarts = int(known["Restarts"])
     assert known["JobState"] == "COMPLETED" and restarts >= 1, log
-    assert len(re.findall("SIGUSR2: stopped in epoch .* saved in", log)) == restarts
-    assert log.count(f"--data-dir {checkout}/local/data ") == restarts + 1
+    # A start on a slow machine can be signalled before its first step, and before its header.
+    assert 1 <= len(re.findall("SIGUSR2: stopped in epoch .* saved in", log)) <= restarts
+    starts = log.count("--data-dir ")
+    assert 2 <= starts == log.count(f"--data-dir {checkout}/local/data ") <= restarts + 1
     epochs = [line.split()[1] for line in log.splitlines() if "img/s" in line]
     assert epochs == [f"{epoch}/10" for epoch in range(1, 11)], "the log reads as one run"
     data_dir = checkout / "data"
