@@ -126,7 +126,7 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
         return synthetic()
     data_dir = Path(data_dir)
     try:
-        if data_dir.suffix in (".gz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
+        if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
             raise UserError(f"--data-dir {data_dir}: no such file")
         with rank_0_first():  # who downloads it, if need be
             path = find(data_dir)
@@ -439,9 +439,10 @@ def _transfer_with_retries(url: str, part: Path, attempts: int) -> str:
             _transfer(url, part)
             break
         except (OSError, http.client.HTTPException) as error:
-            if attempt + 1 == attempts or isinstance(error, urllib.error.HTTPError):
+            refused = getattr(error, "code", 500) < 500  # 5xx: of a server that is busy
+            if attempt + 1 == attempts or refused:
                 raise
-            log.info(f"download   broke off ({error}), resuming")
+            log.info(f"download   broke off ({error}), trying again")
             time.sleep(RETRY_SECONDS * 2**attempt)
     with open(part, "rb") as file:
         md5 = _md5(file)

@@ -101,7 +101,7 @@ def main() -> None:
     dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
     train_split, val_split = data.hold_out(dataset.train, args.val_size)
     train = data.Batches(train_split, args.batch_size, data.IMAGENET_STATS, runtime)
-    held_out = {
+    tested = {
         name: data.Batches(split, EVAL_BATCH, data.IMAGENET_STATS, runtime)
         for name, split in (("val", val_split), ("test", dataset.test))
         if len(split.labels)
@@ -121,10 +121,10 @@ def main() -> None:
     })
     run.start()
     while run.epoch < run.epochs:
-        batches = train.shuffled(args.seed, run.epoch, run.step, sizes[run.epoch])
-        results = {"train": utils.train_one_epoch(run, batches, args.label_smoothing)}
-        for name, split in held_out.items():
-            watched = run.watch(split.in_order(args.image_size), name, 0, len(split))
+        shuffled = train.shuffled(args.seed, run.epoch, run.step, sizes[run.epoch])
+        results = {"train": utils.train_one_epoch(run, shuffled, args.label_smoothing)}
+        for name, batches in tested.items():
+            watched = run.watch(batches.in_order(args.image_size), name, 0, len(batches))
             results[name] = utils.evaluate(model, watched, runtime)
         run.end_epoch(results)
     run.finish()

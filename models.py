@@ -114,8 +114,8 @@ def resnet18(weights: str | None, num_classes: int = 100, download: bool = True)
 
 def _imagenet_weights(weights: str | None, download: bool) -> tuple[str, dict | None]:
     official = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    known = [Path(__file__).with_name(name) for name in RESNET18_FILES]
-    known.append(Path(torch.hub.get_dir(), "checkpoints", Path(official.url).name))
+    places = Path(__file__).parent, Path(torch.hub.get_dir(), "checkpoints")
+    known = [place / name for place in places for name in RESNET18_FILES]
     path = Path(weights) if weights else next(filter(Path.is_file, known), None)
     if path:
         _note_other_content(path)

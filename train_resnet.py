@@ -20,8 +20,8 @@ import utils
 BAR = 60.0  # test accuracy in %, set by the course
 LOW_RES = 20  # pixels; 0.4 x the arithmetic of 32, and the fully convolutional stages accept it
 MOMENTUM = 0.9  # of Muon and of SGD, in Nesterov's form
-OTHER_LR = 0.1  # peak rate of batch norms and head, and HEAD_DECAY the head's weight decay: usual
-HEAD_DECAY = 5e-4  # for SGD; batch norms and biases have none
+OTHER_LR = 0.1  # peak rate of batch norms and head, usual for SGD
+HEAD_DECAY = 5e-4  # weight decay of the head's matrix, usual for SGD; the rest of SGD's has none
 WARMUP = 0.2  # fraction of the steps in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 EVAL_BATCH = 500  # images; divides 10,000
 
@@ -141,7 +141,7 @@ def main() -> None:
     dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
     train_split, val_split = data.hold_out(dataset.train, args.val_size)
     train = data.Batches(train_split, args.batch_size, data.CIFAR100_STATS, runtime)
-    held_out = {
+    tested = {
         name: data.Batches(split, EVAL_BATCH, data.CIFAR100_STATS, runtime)
         for name, split in (("val", val_split), ("test", dataset.test))
         if len(split.labels)
@@ -159,10 +159,10 @@ def main() -> None:
     })
     run.start()
     while run.epoch < run.epochs:
-        batches = train.shuffled(args.seed, run.epoch, run.step, sizes[run.epoch])
-        results = {"train": utils.train_one_epoch(run, batches, args.label_smoothing)}
-        for name, split in held_out.items():
-            watched = run.watch(split.in_order(), name, 0, len(split))
+        shuffled = train.shuffled(args.seed, run.epoch, run.step, sizes[run.epoch])
+        results = {"train": utils.train_one_epoch(run, shuffled, args.label_smoothing)}
+        for name, batches in tested.items():
+            watched = run.watch(batches.in_order(), name, 0, len(batches))
             results[name] = utils.evaluate(model, watched, runtime)
         run.end_epoch(results)
     run.finish()

@@ -21,9 +21,11 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import statistics
 import sys
+import sysconfig
 import time
 import traceback
 import warnings
@@ -41,17 +43,13 @@ from tqdm import tqdm
 
 from models import USER_ERROR, DamagedFile, UserError, load_tensors, save_tensors, write_atomically
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 log = logging.getLogger("cifar100")
 
-RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0  # of this process
+LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()  # by torchrun
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # of this process
 STARTED = time.monotonic()  # seconds; of this process, as near as a module can tell
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
-FIRST_SAVE = 10  # seconds that a save is taken to last until one has been timed
+SHORTEST_SAVE = 10  # seconds; no save is taken to last less
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_TIME = 1000  # a reason to stop, beside the numbers of the signals
@@ -69,16 +67,19 @@ TIMES = ("images_per_second", "seconds", "eta_seconds")  # what two equal runs d
 FREE_SETTINGS = {"data_dir", "data_url", "no_download", "output_dir", "device", "weights", "debug"}
 FREE_SETTINGS |= {"resume", "overwrite", "eval_only", "predict", "compare"}
 FREE_SETTINGS |= {"max_minutes", "checkpoint_minutes"}
+ENVIRONMENT = ("command", "runtime", "torch", "python", "system")  # in config.json
 POSITION = ("epoch", "step", "seconds", "train_seconds", "history")  # of a Run, in its checkpoint
 
-DIVERGED = 1
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the state is saved, and the same command goes on
+FAILED = 1  # an exit status, as USER_ERROR and STOPPED are
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is lost, and the same command goes on
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main` and exit with the status of what it raises, after one line on stderr."""
     with contextlib.suppress(AttributeError, OSError):  # of a stdout that is closed, or no file
         sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold anything
+    # In fp16 the first step may overflow and be skipped; torch then takes the order to be wrong.
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
     log.addHandler(logging.StreamHandler(sys.stdout))  # it flushes after every line
     log.setLevel(logging.WARNING if RANK else logging.INFO)
     logging.raiseExceptions = False  # a full disk under the log does not end the training
@@ -92,9 +93,9 @@ def run_script(main: Callable[[], None]) -> None:
         message, status = explain(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if RANK and isinstance(error, UserError):  # which rank 0 reports
+        if RANK and isinstance(error, UserError) and status != USER_ERROR:  # rank 0 says the same
             message = ""
-    if dist.is_initialized() and status in (0, STOPPED):  # wait for the others' end, or failure
+    if _in_group() and status in (0, STOPPED):  # wait for the others' end, or failure
         with contextlib.suppress(RuntimeError):
             dist.all_reduce(torch.zeros(1))
     _exit_with(message, status)
@@ -109,13 +110,13 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "out of memory: try a smaller --batch-size", USER_ERROR
     if isinstance(error, OSError):
-        return f"cannot go on: {error}", 1
+        return f"cannot go on: {error}", FAILED
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return "batch norm cannot train on one image: try another --batch-size", USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return f"another rank has ended ({' '.join(str(error).split())[:200]})", 1
+    if _in_group() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return f"another rank has ended ({' '.join(str(error).split())[:200]})", FAILED
     raise error
 
 
@@ -124,17 +125,21 @@ def _exit_with(message: str, status: int) -> None:
         rank = f" (rank {RANK})" if RANK else ""
         with contextlib.suppress(OSError):  # a full disk under stderr; the status still counts
             print(f"{Path(sys.argv[0]).name}{rank}: {message}", file=sys.stderr, flush=True)
-    if status == STOPPED and dist.is_torchelastic_launched():
+    if status == STOPPED and LAUNCHED:
         status = 0  # torchrun would make a 1 and a page of text of any other
     try:
         with contextlib.suppress(RuntimeError, AttributeError):  # in the midst of a line; no stdout
             sys.stdout.flush()
     except OSError:  # a full disk or a closed pipe, of which the interpreter would tell again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if dist.is_initialized():  # the interpreter's own end aborts now and then in gloo's threads
+    if _in_group():  # the interpreter's own end aborts now and then in gloo's threads
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _in_group() -> bool:
+    return LAUNCHED and dist.is_initialized()
 
 
 def _stop_before_the_run(number: int, _frame) -> None:
@@ -238,7 +243,8 @@ def _add_machine_flags(add: Callable) -> None:
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16, or on CUDA else fp16, where the chip computes in it; fp32 otherwise")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="torch.compile; by default on CUDA from compute capability 7.0 on")
+        help="torch.compile; by default on one CUDA GPU of compute capability 7.0 or more, if "
+             "triton and a C compiler are found")
     add("--checkpoint-minutes", type=number(float, 0), default=10, metavar="M",
         help="save every M minutes within an epoch, and at its end")
     add("--max-minutes", type=number(float, 0.001), metavar="M",
@@ -328,11 +334,11 @@ class Runtime(NamedTuple):
             model.compile(dynamic=False)
         return model
 
-    def reduce(self, values: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    def reduce(self, values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
         """Return `values` reduced over the ranks, in float64 on the CPU; all ranks must call it."""
         values = values.cpu().double()
         if self.ranks > 1:
-            dist.all_reduce(values, operation)
+            dist.all_reduce(values, getattr(dist.ReduceOp, operation))
         return values
 
     def gather(self, value) -> list:
@@ -350,20 +356,23 @@ class Runtime(NamedTuple):
         return values[0]
 
     def __str__(self) -> str:
-        name = "CPU" if self.device.type == "cpu" else str(self.device)
+        cpu = self.device.type == "cpu"
+        name = f"CPU, {torch.get_num_threads()} threads" if cpu else str(self.device)
         if self.device.type == "cuda":
             name += f" ({torch.cuda.get_device_name(self.device)})"
-        elif self.device.type == "cpu":
-            name += f", {torch.get_num_threads()} threads"
         name = f"{self.ranks} x {name}" if self.ranks > 1 else name
         return f"{name}, {str(self.dtype).removeprefix('torch.')}" + ", compiled" * self.compile
 
 
 def choose_runtime(device: str, precision: str, compile_model: bool | None) -> Runtime:
-    """Return the runtime for these flags; raises UserError if the machine lacks the device."""
+    """Return the runtime for these flags; raises UserError if the machine lacks the device.
+
+    This sets what holds for the whole process (threads, TF32, cuDNN's determinism, how memory is
+    kept) and, under torchrun, joins the other processes.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and dist.is_torchelastic_launched():
+    if device == "cuda" and LAUNCHED:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(device)
@@ -379,7 +388,7 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
         precision = "bf16" if bf16 else "fp16" if capability >= (5, 3) else "fp32"
     dtype = {name: dtype for dtype, name in PRECISIONS.items()}[precision]
     if compile_model is None:
-        compile_model = capability >= (7, 0) and bool(importlib.util.find_spec("triton"))
+        compile_model = capability >= (7, 0) and not LAUNCHED and can_compile()
     if device.type == "cpu":
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
@@ -387,6 +396,14 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
     plain = device.type == "cuda" and capability < (7, 0)
     memory_format = torch.contiguous_format if plain else torch.channels_last
     return Runtime(device, dtype, compile_model, memory_format, *join_ranks(device))
+
+
+def can_compile() -> bool:
+    """Return whether torch.compile finds what it needs on CUDA: triton, and that a C compiler."""
+    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang"))
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return bool(importlib.util.find_spec("triton") and any(map(shutil.which, compilers))
+                and header.exists())
 
 
 def cpu_computes_in_bf16() -> bool:
@@ -397,7 +414,7 @@ def cpu_computes_in_bf16() -> bool:
 
 def join_ranks(device: torch.device) -> tuple[int, int]:
     """Join the other processes of torchrun; return (rank, ranks), which is (0, 1) without it."""
-    if not dist.is_torchelastic_launched():
+    if not LAUNCHED:
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -414,10 +431,10 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """Have the other ranks wait until rank 0 has done what is in the block."""
-    if dist.is_initialized() and RANK:
+    if _in_group() and RANK:
         dist.broadcast_object_list([None])
     yield
-    if dist.is_initialized() and not RANK:
+    if _in_group() and not RANK:
         dist.broadcast_object_list([None])
 
 
@@ -455,7 +472,7 @@ def try_lock(file) -> bool:
 
 
 class Metrics(NamedTuple):
-    """Means over `images` images; accuracies are fractions of 1."""
+    """Means over `images` images; accuracies are fractions of 1, and top5 is NaN in training."""
 
     loss: float
     accuracy: float
@@ -487,7 +504,8 @@ class Run:
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = total_steps
         self.epochs = -(-total_steps // steps_per_epoch)  # --max-steps may cut the last one short
-        self.epoch_costs = [size**2 for size in sizes[: self.epochs]]
+        # The time to train, but for a factor; the exponent was measured: 1.4 to 1.7, not 2.
+        self.epoch_costs = [size**1.6 for size in sizes[: self.epochs]]
         self.epoch_costs[-1] *= total_steps / steps_per_epoch - (self.epochs - 1)
         self.epoch = 0  # epochs that are finished
         self.step = 0  # optimizer steps done in the current epoch
@@ -499,9 +517,10 @@ class Run:
         self.stop_signal = 0
         self.network = parts["model"]  # what a training step calls
         if runtime.ranks > 1:
-            self.network = DistributedDataParallel(self.network)
+            # Batch norm's statistics need no broadcast: see the end of train_one_epoch.
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
         # For --max-minutes: seconds at most so far, and whether this process has come any further.
-        self.step_seconds, self.save_seconds, self.progressed = 0.0, FIRST_SAVE, False
+        self.step_seconds, self.save_seconds, self.progressed = 0.0, SHORTEST_SAVE, False
         self._clock = self._saved = time.monotonic()
 
     def start(self) -> None:
@@ -534,11 +553,11 @@ class Run:
     def _begin(self) -> None:
         config = {"script": self.script, "dataset": self.dataset, "bar": self.bar,
                   "command": shlex.join(sys.argv), "runtime": str(self.runtime),
-                  "torch": str(torch.__version__), "settings": self.settings}
+                  "torch": str(torch.__version__), "python": platform.python_version(),
+                  "system": platform.platform(), "settings": self.settings}
         for name in (*RUN_FILES, *RUN_REPORTS, *TEST_REPORTS):
             (self.output_dir / name).unlink(missing_ok=True)
-        content = json.dumps(config, indent=2) + "\n"
-        write_atomically(self.output_dir / "config.json", content.encode())
+        write_text(self.output_dir / "config.json", json.dumps(config, indent=2) + "\n")
 
     def _on_signal(self, number: int, _frame) -> None:
         if number == signal.SIGINT == self.stop_signal:
@@ -546,25 +565,27 @@ class Run:
         self.stop_signal = number
 
     def watch(self, batches: Iterable, what: str, start: int, end: int) -> Iterator:
-        """Pass on batches `start` to `end` under a progress bar; save and stop when it is time."""
+        """Pass on `batches`, which are those from `start` on, up to `end`, under a progress bar.
+
+        Save, and stop, when it is time.
+        """
         bar = tqdm(itertools.islice(batches, end - start), f"epoch {self.epoch + 1} {what}",
                    initial=start, total=end, leave=False, unit="batch",
                    disable=True if RANK else None)  # None: without a terminal
         with bar:
-            began = time.monotonic()
             for batch in bar:
                 self._stop_or_save()
+                began = time.monotonic()
                 yield batch
                 self.progressed |= what == "train"
-                now = time.monotonic()
-                self.step_seconds, began = max(self.step_seconds, now - began), now
+                self.step_seconds = max(self.step_seconds, time.monotonic() - began)
 
     def _stop_or_save(self) -> None:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
         now = time.monotonic()
         reason = self.stop_signal or OUT_OF_TIME * self._out_of_time(now)
         due = now - self._saved > 60 * self.settings["checkpoint_minutes"]
-        reason, due = self.runtime.reduce(torch.tensor([reason, due]), dist.ReduceOp.MAX).tolist()
+        reason, due = self.runtime.reduce(torch.tensor([reason, due]), "MAX").tolist()
         if reason == OUT_OF_TIME:
             self._stop(f"--max-minutes {self.settings['max_minutes']:g}")
         elif reason:
@@ -590,7 +611,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{where}, but not saved ({error}); make room, and the same command "
                             f"with --resume goes on from what {newest} holds, if it is there",
-                            1) from error
+                            FAILED) from error
         raise UserError(f"{where}, saved in {newest}; the same command with --resume goes on",
                         STOPPED)
 
@@ -606,7 +627,7 @@ class Run:
         if not math.isfinite(loss):
             step = self.epoch * self.steps_per_epoch + self.step
             raise UserError(f"the loss was not finite by step {step}; start again with "
-                            "--overwrite and a lower --lr, or --precision fp32", DIVERGED)
+                            "--overwrite and a lower --lr, or --precision fp32", FAILED)
 
     def tick(self) -> float:
         """Add the time since the last call to the current epoch's, and return that in seconds."""
@@ -628,7 +649,8 @@ class Run:
             if split != "train":
                 row[f"{split}_top5"] = metrics.top5
         row |= {"images_per_second": trained / self.train_seconds, "seconds": self.seconds,
-                "eta_seconds": self.seconds * left}
+                "eta_seconds": self.train_seconds * left
+                + (self.seconds - self.train_seconds) * (self.epochs - self.epoch)}
         self.history.append(row)
         self.step, self.seconds, self.train_seconds = 0, 0.0, 0.0
         self.sums.zero_()
@@ -645,23 +667,24 @@ class Run:
             if self.runtime.rank == 0:
                 self._write_tables()  # a kill can have come between the checkpoint and its tables
                 save_tensors(self.output_dir / "model.pt", {k: v.cpu() for k, v in weights.items()})
-                self._report()
+                try:
+                    write_report([self.output_dir], self.output_dir, *RUN_REPORTS)
+                except UserError as error:  # a lost config.json, say
+                    log.info(f"warning    no report: {error}")
         except OSError as error:
             raise UserError(f"{self.output_dir}: not all is written ({error}); make room, and "
-                            "the same command with --resume does what is left", 1) from error
+                            "the same command with --resume does what is left",
+                            FAILED) from error
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
         log.info(files_line(self.output_dir, (*RUN_FILES, *RUN_REPORTS)))
         accuracy = self.history[-1]["test_acc"]
         log.info(f"final test accuracy {accuracy:.2%} ({verdict(accuracy, self.bar)})")
 
-    def _report(self) -> None:
-        try:
-            write_report([self.output_dir], self.output_dir, *RUN_REPORTS)
-        except UserError as error:  # a lost config.json, say
-            log.info(f"warning    no report: {error}")
-
     def save(self) -> None:
-        """Write checkpoint.pt and the tables; raises OSError, and then the old ones are left."""
+        """Write checkpoint.pt and the tables.
+
+        Raises OSError if there is no new checkpoint; then the newest old one is left.
+        """
         began = time.monotonic()
         self.tick()
         self.check_finite()
@@ -676,10 +699,10 @@ class Run:
                     raise
                 previous.unlink()  # there is room for two
                 save_tensors(newest, state, previous)
-            self._write_tables()
+            with contextlib.suppress(OSError):  # the next save, or finish(), writes them
+                self._write_tables()
         self.unsaved = False
-        self._saved = time.monotonic()
-        self.save_seconds = max(self.save_seconds, self._saved - began)
+        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
 
     def _save_or_warn(self) -> None:
         try:
@@ -789,7 +812,9 @@ def peak_memory(device: torch.device) -> float:
     """Return the most GB held so far: on CUDA on the device, elsewhere resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -890,14 +915,14 @@ def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:
 
 
 @torch.inference_mode()
-def compute_logits(model: nn.Module, split, size: int, runtime: Runtime) -> torch.Tensor:
+def compute_logits(model: nn.Module, batches, size: int, runtime: Runtime) -> torch.Tensor:
     """Return logits, float32 (N, classes), of the images of all ranks in their order, on the CPU.
 
-    `split` is a data.Batches, whose images are resized to `size` x `size` pixels.
+    `batches` is a data.Batches, whose images are resized to `size` x `size` pixels.
     """
     model.eval()
     logits = []
-    for images, _ in tqdm(split.in_order(size), "test", -(-len(split) // runtime.ranks),
+    for images, _ in tqdm(batches.in_order(size), "test", -(-len(batches) // runtime.ranks),
                           leave=False, unit="batch", disable=True if RANK else None):
         with runtime.autocast():
             logits.append(model(images).float())
@@ -912,11 +937,9 @@ def print_predictions(logits: torch.Tensor, class_names: Sequence[str], files: l
     """
     if RANK:
         return
-    likeliest = logits.softmax(1).topk(5)
     rows = [(str(file), rank, class_names[label], probability)
-            for file, labels, probabilities in zip(files, likeliest.indices, likeliest.values,
-                                                   strict=True)
-            for rank, (label, probability) in enumerate(zip(labels, probabilities, strict=True), 1)]
+            for file, shares in zip(files, logits.softmax(1), strict=True)
+            for rank, (probability, label) in enumerate(zip(*shares.topk(5), strict=True), 1)]
     text = io.StringIO()
     if sys.stdout and sys.stdout.isatty():
         width = max(len(name) for name, *_ in rows)
@@ -993,11 +1016,12 @@ def load_run(directory: Path) -> dict:
         last, bar = history[-1], config.get("bar")
         rate = statistics.harmonic_mean([row["images_per_second"] for row in history])
         row = (directory, config["settings"]["seed"],
-               f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['test_acc']:.2%}",
+               f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['train_acc']:.2%}",
+               f"{last['val_acc']:.2%}" if "val_acc" in last else "-", f"{last['test_acc']:.2%}",
                f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
                verdict(last["test_acc"], bar) if "bar" in config else "-",
                duration(sum(epoch["seconds"] for epoch in history)), f"{rate:.0f}")
-        environment = {name: config[name] for name in ("command", "runtime", "torch")}
+        environment = {name: config[name] for name in ENVIRONMENT if name in config}
         return {"script": config["script"], "settings": dict(config["settings"]), "bar": bar,
                 "environment": environment, "history": history, "row": row}
     except Exception as error:  # what is no run can raise anything
@@ -1012,7 +1036,7 @@ def group_runs(runs: list[dict]) -> dict[str, list[dict]]:
         of_script = [other["settings"] for other in runs if other["script"] == run["script"]]
         differing = [
             f"{name} {value}" for name, value in run["settings"].items()
-            if name not in FREE_SETTINGS - {"weights"} | {"seed"}
+            if name not in (FREE_SETTINGS - {"weights"}) | {"seed"}
             and any(other.get(name) != value for other in of_script)
         ]
         groups.setdefault(" ".join([run["script"], *differing]), []).append(run)
@@ -1039,7 +1063,7 @@ def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
                 panels[quantity].fill_between(x, curves.min(0), curves.max(0), color=colour,
                                               alpha=0.25)
     for bar in sorted({run["bar"] for runs in groups.values() for run in runs if run["bar"]}):
-        panels["acc"].axhline(bar, color="0.3", linestyle="-.", label=f"the course's {bar:.0f}%")
+        panels["acc"].axhline(bar, color="0.3", linestyle="-.", label="the course's bar")
     titles = {"loss": "cross entropy, nats (train: smoothed)",
               "acc": "accuracy, %", "lr": "learning rate at the end of the epoch"}
     for quantity, panel in panels.items():
@@ -1063,8 +1087,9 @@ def write_report(directories: list[Path], into: Path, report: str, picture: str)
     groups = group_runs(runs)
     into.mkdir(parents=True, exist_ok=True)
     text = "Numbers are those of the last epoch, not of the best.\n\n"
-    text += markdown_table(("run", "seed", "epochs", "test accuracy", "top 5", "test loss", "",
-                            "time", "training images/s"), [run["row"] for run in runs])
+    text += markdown_table(
+        ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
+         "test loss", "", "time", "training images/s"), [run["row"] for run in runs])
     text += write_picture(into / picture, "", draw_curves, groups)
     rows = []
     for label, group in groups.items():
@@ -1182,7 +1207,7 @@ def report_test(logits: torch.Tensor, dataset, superclass_of: dict[str, str], in
         [["class", *names], *([name, *row] for name, row in rows)])
     try:
         write_text(into / "confusion.csv", table.getvalue())
-        text = _result_tables(result, names, superclasses)
+        text = _result_tables(result, dataset, superclasses)
         text += write_picture(into / "confusion.png", "## Confusion (numbers: confusion.csv)",
                               draw_confusion, result.confusion, superclasses)
         text += write_picture(into / "mistakes.png", "## The surest mistakes", draw_mistakes,
@@ -1193,13 +1218,14 @@ def report_test(logits: torch.Tensor, dataset, superclass_of: dict[str, str], in
     log.info(files_line(into, TEST_REPORTS))
 
 
-def _result_tables(result: TestResult, names, superclasses: dict[str, list[int]]) -> str:
+def _result_tables(result: TestResult, dataset, superclasses: dict[str, list[int]]) -> str:
     def share(part: float, whole: float) -> str:
         return f"{part / whole:.1%}" if whole else "-"
 
     confusion, totals, right = result.confusion, result.confusion.sum(1), np.diag(result.confusion)
+    names = dataset.class_names
     loss, top1, top5, count = result.metrics
-    text = "# The test set\n\n" + markdown_table(
+    text = f"# The test set of {dataset.name}\n\n" + markdown_table(
         ("top-1 accuracy", "top-5 accuracy", "cross entropy", "images"),
         [(f"{top1:.2%}", f"{top5:.2%}", f"{loss:.3f} nats", f"{count:,}")])
 

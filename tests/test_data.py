@@ -203,12 +203,13 @@ def test_a_pickle_of_other_things_is_named(tmp_path, arrays, content):
 class Server(http.server.ThreadingHTTPServer):
     """Serves `content`, by range where asked for; breaks off `breaks` times after half of it.
 
-    Between the halves it pauses for `pause` seconds.
+    Between the halves it pauses for `pause` seconds. Before all that, it answers with `errors`.
     """
 
-    def __init__(self, content: bytes, breaks: int = 0, pause: float = 0):
+    def __init__(self, content: bytes, breaks: int = 0, pause: float = 0, errors: tuple = ()):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.breaks, self.pause, self.ranges = content, breaks, pause, []
+        self.errors = list(errors)
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/cifar-100-python.tar.gz"
 
@@ -217,6 +218,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         wanted = self.headers.get("Range")
         self.server.ranges.append(wanted)
+        if self.server.errors:
+            return self.send_error(self.server.errors.pop(0))
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
         if start >= len(self.server.content):
             return self.send_error(416)
@@ -262,6 +265,17 @@ def test_a_broken_download_is_resumed(tmp_path, archive, arrays, monkeypatch):
     half = len(archive) // 2
     quarter = (len(archive) - half) // 2
     assert server.ranges == [None, f"bytes={half}-", f"bytes={half + quarter}-"]
+
+
+def test_a_busy_server_is_asked_again_and_a_refusal_is_final(tmp_path, archive, arrays,
+                                                             monkeypatch):
+    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
+    server = Server(archive, errors=(503, 502))
+    assert same(data.load("cifar100", tmp_path / "data", server.url), arrays)
+    server = Server(archive, errors=(404,))
+    with pytest.raises(UserError, match="404.*Three ways out"):
+        data.load("cifar100", tmp_path / "other", server.url)
+    assert server.ranges == [None]
 
 
 def test_a_download_killed_at_its_end_is_resumed(tmp_path, archive, arrays):

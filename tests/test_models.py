@@ -128,10 +128,14 @@ def test_resnet18_loads_a_file_from_before_batches_were_counted(tmp_path, imagen
     assert torch.equal(state["layer4.1.conv2.weight"], imagenet["layer4.1.conv2.weight"])
 
 
+@pytest.mark.parametrize("folder", [".", "cache/checkpoints"])
 @pytest.mark.parametrize("name", models.RESNET18_FILES)
-def test_resnet18_finds_the_known_files_beside_the_code(tmp_path, monkeypatch, imagenet, name):
-    torch.save(imagenet, tmp_path / name)
+def test_resnet18_finds_the_known_files_beside_the_code_or_in_the_cache(
+        tmp_path, monkeypatch, imagenet, name, folder):
+    (tmp_path / "cache" / "checkpoints").mkdir(parents=True)
+    torch.save(imagenet, tmp_path / folder / name)
     monkeypatch.setattr(models, "__file__", str(tmp_path / "models.py"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     state = models.resnet18(None, download=False).state_dict()
     assert torch.equal(state["conv1.weight"], imagenet["conv1.weight"])
 

@@ -45,6 +45,7 @@ def join(rank: int, ranks: int, port: int) -> None:
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1",
     }
+    utils.LAUNCHED, utils.RANK = True, rank  # which it read before
 
 
 def choose_cpu() -> utils.Runtime:
@@ -211,3 +212,19 @@ def test_on_cuda_batch_norm_is_synchronised(monkeypatch):
 
 def test_the_group_is_not_joined_without_torchrun():
     assert utils.join_ranks(torch.device("cpu")) == (0, 1) and not dist.is_initialized()
+
+
+def fail(rank: int, status: int) -> None:
+    """Fail as a rank of torchrun."""
+    def main():
+        raise models.UserError("a mistake", status)
+
+    utils.RANK = rank
+    utils.run_script(main)
+
+
+def test_a_mistake_of_one_rank_is_told_by_it_and_what_befalls_all_by_rank_0():
+    for rank, status, says in ((1, 2, True), (1, utils.STOPPED, False), (0, utils.STOPPED, True)):
+        process = call(fail, rank, status)
+        assert process.returncode == status
+        assert process.stderr.endswith("(rank 1): a mistake\n" if rank else ": a mistake\n") == says

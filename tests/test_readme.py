@@ -1,9 +1,14 @@
 """The README names what exists, all of it, and what CI runs is what it prints."""
 
+import importlib
 import re
 
 import pytest
+import torch
 from processes import ROOT, script
+
+import models
+import utils
 
 README = (ROOT / "README.md").read_text()
 
@@ -28,15 +33,36 @@ def test_help_is_grouped_fits_100_columns_and_ends_with_examples(helps):
         *_, examples = text.split("The bar of the course is")
         assert f"python {name}.py --data-dir PATH " in examples
         assert "None" not in text and "False" not in text, "a default is a value"
-        assert "(default: 0.1)" in text
 
 
-OF_OTHERS = {"--help", "--time", "--array", "--nodes", "--gpus-per-node", "--nproc-per-node",
-             "--kills", "--seconds"}
+@pytest.mark.parametrize("name", ["train_resnet", "finetune_resnet18"])
+def test_help_shows_every_default(helps, monkeypatch, name):
+    monkeypatch.setattr(utils, "parse", lambda parser: parser)
+    shown = " ".join(helps[name].split())
+    for action in importlib.import_module(name).parse_args()._actions:
+        assert f"{action.option_strings[-1]} " in shown
+        text = re.split(r" (?=--|-h)", shown.partition(f" {action.help} (default: ")[2])[0]
+        if action.default not in (None, False, "==SUPPRESS=="):
+            assert text.startswith(f"{action.default})"), action
+
+
+OF_OTHERS = {"--help", "--array", "--nodes", "--gpus-per-node", "--nproc-per-node", "--kills"}
 
 
 def test_every_flag_that_the_readme_names_exists(flags):
-    assert set(re.findall(r"--[a-z][a-z0-9-]+", README)) - flags <= OF_OTHERS
+    benchmark = set(re.findall(r"--[a-z-]+", script("tests/benchmark", "--help").stdout))
+    assert set(re.findall(r"--[a-z][a-z0-9-]+", README)) - flags - benchmark <= OF_OTHERS
+
+
+def test_the_model_is_reachable_from_python_as_the_readme_says(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```\n(import torch, models\n.*?)```", README, re.DOTALL)
+    (tmp_path / "output" / "train_resnet").mkdir(parents=True)
+    model = models.ResNet().eval()
+    torch.save(model.state_dict(), tmp_path / "output" / "train_resnet" / "model.pt")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert torch.equal(names["logits"], model(names["images"]))
 
 
 def test_the_readme_names_every_flag(flags):

@@ -27,12 +27,13 @@ from PIL import Image
 from processes import ROOT, script
 
 import data
+import finetune_resnet18
 import models
+import train_resnet
 import utils
 
 CPU = ["--device", "cpu"]
 SHORT = ["--dataset", "synthetic", "--batch-size", 50, "--max-steps", 2, *CPU]
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -40,6 +41,25 @@ def tables(text: str) -> list[list[list[str]]]:
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     return [[[cell.strip() for cell in line.strip("|").split("|")] for line in
              block.splitlines()[2:]] for block in blocks]
+
+
+def shows_something(path) -> bool:
+    """Return whether a file is a picture of more than a plain page."""
+    with Image.open(path) as picture:
+        return picture.format == "PNG" and len(picture.convert("L").getcolors()) > 10
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are written into files, in their order."""
+    figures, savefig = [], Figure.savefig
+
+    def record(figure, *args, **kwargs):
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
 
 
 def made_up_run(directory, script="train_resnet", bar=60.0, seed=0, epochs=3, **settings):
@@ -50,7 +70,8 @@ def made_up_run(directory, script="train_resnet", bar=60.0, seed=0, epochs=3, **
     config = {"script": script, "bar": bar, "command": "a command", "runtime": "a device",
               "torch": "2.14.1", "settings": settings}
     (directory / "config.json").write_text(json.dumps(config))
-    names = ("lr", "train_loss", "train_acc", "test_loss", "test_acc", "test_top5")
+    names = ("lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_top5", "test_loss",
+             "test_acc", "test_top5")
     numbers = rng.uniform(size=(epochs, len(names))).round(4)
     metrics = [["dataset", "epoch", "epochs", *names]]
     times = [["epoch", "images_per_second", "seconds", "eta_seconds"]]
@@ -78,14 +99,16 @@ def test_a_run_leaves_a_report_and_its_curves(finished):
     (times,) = csv.DictReader(io.StringIO((output_dir / "times.csv").read_text()))
     config = json.loads((output_dir / "config.json").read_text())
     assert runs == [[
-        str(output_dir), "0", "1 of 1", f"{float(metrics['test_acc']):.2%}",
-        f"{float(metrics['test_top5']):.2%}", f"{float(metrics['test_loss']):.3f}",
+        str(output_dir), "0", "1 of 1", f"{float(metrics['train_acc']):.2%}", "-",
+        f"{float(metrics['test_acc']):.2%}", f"{float(metrics['test_top5']):.2%}",
+        f"{float(metrics['test_loss']):.3f}",
         "on synthetic images, so the course's bar does not apply",
         utils.duration(float(times["seconds"])), f"{float(times['images_per_second']):.0f}",
     ]]
+    assert [name for name, _ in environment] == ["command", "runtime", "torch", "python", "system"]
     assert ["torch", torch.__version__] in environment
     assert settings == [[name, str(value)] for name, value in config["settings"].items()]
-    assert (output_dir / "curves.png").read_bytes().startswith(PNG)
+    assert shows_something(output_dir / "curves.png")
 
 
 @pytest.mark.parametrize("accuracy, words", [(0.6, "60% is met"), (0.5999, "60% is not met")])
@@ -93,41 +116,79 @@ def test_the_bar_is_met_or_not(accuracy, words):
     assert utils.verdict(accuracy, 60.0) == f"the course's bar of {words}"
 
 
-def test_curves_show_the_numbers_of_a_run_in_three_panels_with_the_bar(tmp_path):
+def test_the_bars_are_those_of_the_course():
+    assert (train_resnet.BAR, finetune_resnet18.BAR) == (60, 70)
+
+
+def test_the_reported_epoch_is_the_last_not_the_best(tmp_path):
+    numbers = made_up_run(tmp_path / "run", seed=4)
+    accuracies = numbers["test_acc"]
+    assert accuracies[-1] < 0.6 < max(accuracies)
+    utils.write_report([tmp_path / "run"], tmp_path / "run", *utils.RUN_REPORTS)
+    last = {name: f"{values[-1]:.2%}" for name, values in numbers.items()}
+    (row,), *_ = tables((tmp_path / "run" / "report.md").read_text())
+    assert row == [str(tmp_path / "run"), "4", "3 of 3", last["train_acc"], last["val_acc"],
+                   last["test_acc"], last["test_top5"], f"{numbers['test_loss'][-1]:.3f}",
+                   "the course's bar of 60% is not met", "3m00s",
+                   "164"], "180 s, and the images of three epochs in the time of all"
+
+
+def test_the_last_line_tells_the_last_epoch_not_the_best(finished, tmp_path):
+    _, output_dir = shutil.copytree(finished[1], tmp_path / "run"), tmp_path / "run"
+    state = torch.load(output_dir / "checkpoint.pt")
+    (row,) = state["position"]["history"]
+    state["position"]["history"] = [{**row, "test_acc": 0.99}, row]
+    torch.save(state, output_dir / "checkpoint.pt")
+    process = script("train_resnet", *SHORT, "--output-dir", output_dir, "--resume")
+    assert f"final test accuracy {row['test_acc']:.2%} " in process.stdout, process.stderr
+
+
+def test_curves_show_the_numbers_of_a_run_in_three_panels_with_the_bar(tmp_path, drawn):
     numbers = made_up_run(tmp_path / "run")
-    figure = Figure()
-    utils.draw_curves(figure, utils.group_runs([utils.load_run(tmp_path / "run")]))
+    utils.write_report([tmp_path / "run"], tmp_path, "report.md", "curves.png")
+    (figure,) = drawn
     loss, accuracy, rate = figure.axes
-    for panel, names in ((loss, ["train_loss", "test_loss"]), (accuracy, ["train_acc", "test_acc"]),
-                         (rate, ["lr"])):
+    for panel, names in ((loss, ["train_loss", "val_loss", "test_loss"]),
+                         (accuracy, ["train_acc", "val_acc", "test_acc"]), (rate, ["lr"])):
         assert panel.get_xlabel() == "epoch"
         for line, name in zip(panel.lines, names, strict=False):
             scale = 100 if panel is accuracy else 1
             np.testing.assert_allclose(line.get_ydata(), scale * numbers[name])
             assert list(line.get_xdata()) == [1, 2, 3]
-    assert list(accuracy.lines[2].get_ydata()) == [60, 60]
-    assert [len(panel.lines) for panel in figure.axes] == [2, 3, 1]
+    assert list(accuracy.lines[3].get_ydata()) == [60, 60]
+    assert [len(panel.lines) for panel in figure.axes] == [3, 4, 1]
     assert "nats" in loss.get_ylabel() and "%" in accuracy.get_ylabel()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "train_resnet train", "train_resnet test", "the course's 60%"]
-    assert loss.lines[0].get_linestyle() != loss.lines[1].get_linestyle(), "without colours, too"
+        "train_resnet train", "train_resnet val", "train_resnet test", "the course's bar"]
+    dashes = {line.get_linestyle() for line in accuracy.lines}
+    assert len(dashes) == 4, "to tell them apart without colours"
+    assert shows_something(tmp_path / "curves.png")
 
 
-def test_seeds_are_compared_as_mean_range_and_table(tmp_path):
-    both = [made_up_run(tmp_path / f"a{seed}", seed=seed, epochs=3 + seed, lr=0.1)
-            for seed in (0, 1)]
-    other = made_up_run(tmp_path / "b", seed=0, lr=0.2)
+def test_both_parts_in_one_picture_have_their_bars(tmp_path, drawn):
+    """Settings that only the other part has do not make a difference."""
+    made_up_run(tmp_path / "one", image_size=0)
+    made_up_run(tmp_path / "two", "finetune_resnet18", 70.0)
+    utils.compare([tmp_path / "one", tmp_path / "two"], tmp_path)
+    (figure,) = drawn
+    *curves, one, two = figure.axes[1].lines
+    assert [list(bar.get_ydata()) for bar in (one, two)] == [[60, 60], [70, 70]]
+    assert {line.get_label() for line in curves} == {
+        f"{name} {split}" for name in ("train_resnet", "finetune_resnet18")
+        for split in ("train", "val", "test")}
+
+
+def test_seeds_are_compared_as_mean_range_and_table(tmp_path, drawn):
+    both = [made_up_run(tmp_path / f"a{seed}", seed=seed, epochs=3 + seed, lr=0.1,
+                        device=f"cuda:{seed}") for seed in (0, 1)]
+    other = made_up_run(tmp_path / "b", seed=0, lr=0.2, device="cpu")
     names = [tmp_path / name for name in ("a0", "a1", "b")]
-    groups = utils.group_runs([utils.load_run(name) for name in names])
-    assert {label: len(runs) for label, runs in groups.items()} == {
-        "train_resnet lr 0.1": 2, "train_resnet lr 0.2": 1}
-    figure = Figure()
-    utils.draw_curves(figure, groups)
-    loss = figure.axes[0]
+    utils.compare(names, tmp_path)
+    loss = drawn[0].axes[0]
     values = np.stack([numbers["test_loss"][:3] for numbers in both])
-    np.testing.assert_allclose(loss.lines[1].get_ydata(), values.mean(0))
-    np.testing.assert_allclose(loss.lines[3].get_ydata(), other["test_loss"])
-    _, band = loss.collections
+    np.testing.assert_allclose(loss.lines[2].get_ydata(), values.mean(0))
+    np.testing.assert_allclose(loss.lines[5].get_ydata(), other["test_loss"])
+    *_, band = loss.collections
     for epoch, (one, another) in enumerate(values.T, 1):
         ys = [y for x, y in band.get_paths()[0].vertices if x == epoch]
         np.testing.assert_allclose((min(ys), max(ys)), sorted((one, another)))
@@ -141,7 +202,7 @@ def test_seeds_are_compared_as_mean_range_and_table(tmp_path):
     runs, seeds = tables((tmp_path / "new" / "dir" / "comparison.md").read_text())
     assert [row[0] for row in runs] == [str(name) for name in names]
     assert seeds[0] == ["train_resnet lr 0.1", "2", mean, deviation] and seeds[1][1] == "1"
-    assert (tmp_path / "new" / "dir" / "comparison.png").read_bytes().startswith(PNG)
+    assert shows_something(tmp_path / "new" / "dir" / "comparison.png")
 
 
 def test_no_two_of_thirty_groups_look_the_same(tmp_path):
@@ -234,7 +295,7 @@ NAMES = list(data.CLASS_NAMES)
 
 
 @pytest.fixture
-def reported(tmp_path, caplog):
+def reported(tmp_path, caplog, drawn):
     """A report on guesses, and what numpy says of them."""
     logits, labels = guesses()
     images = torch.randint(256, (len(labels), 3, 32, 32), dtype=torch.uint8)
@@ -250,7 +311,8 @@ def reported(tmp_path, caplog):
     text = (tmp_path / "test-report.md").read_text()
     return SimpleNamespace(directory=tmp_path, text=text, tables=tables(text), labels=labels,
                            probabilities=exp / exp.sum(1, keepdims=True), order=order,
-                           taken=order[:, 0], confusion=confusion, log=caplog.messages)
+                           taken=order[:, 0], confusion=confusion, log=caplog.messages,
+                           images=images.numpy(), figures=drawn)
 
 
 def test_the_report_has_accuracy_loss_confusion_and_pictures(reported):
@@ -263,8 +325,9 @@ def test_the_report_has_accuracy_loss_confusion_and_pictures(reported):
         header, *rows = csv.reader(file)
     assert header == ["class", *NAMES] and [row[0] for row in rows] == NAMES
     assert np.array_equal(np.array([row[1:] for row in rows], int), reported.confusion)
+    assert reported.text.startswith("# The test set of cifar100\n")
     for picture in ("confusion.png", "mistakes.png"):
-        assert (reported.directory / picture).read_bytes().startswith(PNG)
+        assert shows_something(reported.directory / picture)
         assert f"]({picture})" in reported.text
 
 
@@ -313,7 +376,7 @@ def test_the_report_has_the_calibration_with_its_bins(reported):
     assert f"expected calibration error is {error:.4f}" in reported.text
 
 
-def test_classes_without_images_or_mistakes_are_said_to_be_so(tmp_path):
+def test_classes_without_images_or_mistakes_are_said_to_be_so(tmp_path, drawn):
     """Numbers that do not exist are not made up: neither 0/0, nor the first class by default."""
     images = torch.zeros((1, 3, 32, 32), dtype=torch.uint8)
     dataset = SimpleNamespace(test=data.Split(images, torch.tensor([7])), name="cifar100",
@@ -324,6 +387,7 @@ def test_classes_without_images_or_mistakes_are_said_to_be_so(tmp_path):
     assert ["insects", "100.0%", "100.0%"] in superclasses and ["fish", "-", "-"] in superclasses
     assert classes[-1] == ["beetle", "100.0%", "-"] and classes[0] == ["apple", "-", "-"]
     assert "nan" not in text
+    assert not any(panel.images for panel in drawn[1].axes), "no mistake, no picture of one"
 
 
 def test_a_report_that_cannot_be_written_is_an_error_after_the_result(finished, tmp_path):
@@ -334,32 +398,29 @@ def test_a_report_that_cannot_be_written_is_an_error_after_the_result(finished, 
     assert process.stderr.count("\n") == 1 and "cannot be written" in process.stderr
 
 
-def test_the_confusion_picture_puts_superclasses_side_by_side():
-    confusion = np.zeros((4, 4), int)
-    confusion[0, 2], confusion[1, 1] = 5, 8
-    figure = Figure()
-    utils.draw_confusion(figure, confusion, {"one": [0, 2], "other": [1, 3]})
-    panel = figure.axes[0]
-    expected = [[0, 100, 0, 0], [0, 0, 0, 0], [0, 0, 100, 0], [0, 0, 0, 0]]
-    assert np.array_equal(panel.images[0].get_array(), expected)
-    assert [label.get_text() for label in panel.get_yticklabels()] == ["one", "other"]
-    assert list(panel.get_yticks()) == [0.5, 2.5]
+def test_the_confusion_picture_puts_superclasses_side_by_side(reported):
+    panel, scale = reported.figures[0].axes
+    groups = [label.get_text() for label in panel.get_yticklabels()]
+    assert sorted(groups) == sorted(data.SUPERCLASSES)
+    assert [label.get_text() for label in panel.get_xticklabels()] == groups
+    assert list(panel.get_xticks()) == list(panel.get_yticks()) == list(range(2, 100, 5))
+    order = [NAMES.index(name) for group in groups for name in data.SUPERCLASSES[group].split()]
+    shares = 100 * reported.confusion / reported.confusion.sum(1, keepdims=True)
+    np.testing.assert_allclose(panel.images[0].get_array(), shares[order][:, order])
+    assert (panel.get_ylabel(), panel.get_xlabel()) == ("class", "taken for"), "a row is a class"
+    assert "%" in scale.get_ylabel()
 
 
-def test_the_sheet_shows_the_surest_mistakes_with_both_names():
-    logits, labels = (torch.from_numpy(part) for part in guesses(200))
-    images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
-    mistakes = utils.assess(logits, labels).mistakes
-    figure = Figure()
-    utils.draw_mistakes(figure, mistakes, data.Split(images, labels), data.CLASS_NAMES)
-    confidence, taken = logits.softmax(1).max(1)
-    wrong = [i for i in confidence.argsort(descending=True).tolist() if taken[i] != labels[i]]
-    assert len(figure.axes) == 30 <= len(wrong)
-    for panel, i in zip(figure.axes, wrong, strict=False):
-        assert panel.images[0].get_array()[0, 0, 0] == i
+def test_the_sheet_shows_the_surest_mistakes_with_both_names(reported):
+    confidence = reported.probabilities.max(1)
+    wrong = [i for i in np.argsort(-confidence) if reported.taken[i] != reported.labels[i]]
+    panels = reported.figures[1].axes
+    assert len(panels) == 30 <= len(wrong)
+    for panel, i in zip(panels, wrong, strict=False):
+        assert np.array_equal(panel.images[0].get_array(), reported.images[i].transpose(1, 2, 0))
         name, says, sure = panel.get_title().split("\n")
-        assert name == data.CLASS_NAMES[labels[i]]
-        assert says == f"taken for {data.CLASS_NAMES[taken[i]]},"
+        assert name == NAMES[reported.labels[i]]
+        assert says == f"taken for {NAMES[reported.taken[i]]},"
         assert sure == f"{confidence[i]:.0%} sure"
 
 
@@ -497,12 +558,15 @@ def write_to(where: str) -> None:
     os.dup2(write if where == "closed pipe" else os.open(where, os.O_WRONLY), 1)
 
 
-def on_a_terminal(*command) -> str:
-    """Run a command with its output on a pseudo-terminal; return what it shows."""
+def on_a_terminal(*command, stdout=None) -> str:
+    """Run a command with its output on a pseudo-terminal; return what it shows.
+
+    Its standard output goes there, too, unless it has a file of its own.
+    """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=slave,
-                               stderr=slave, stdin=slave)
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
+                               stdout=stdout or slave, stderr=slave, stdin=slave)
     os.close(slave)
     killer = threading.Timer(300, process.kill)
     killer.start()
@@ -522,9 +586,18 @@ def test_a_terminal_shows_a_bar_and_aligned_predictions(finished, pictures, tmp_
     """And a pipe neither, as above and in test_training."""
     shown = on_a_terminal("train_resnet.py", *SHORT, "--output-dir", tmp_path / "run")
     assert re.search(r"epoch 1 train: +\d+%\|.*\| *\d/2 ", shown)
-    shown = on_a_terminal("train_resnet.py", "--predict", pictures / "0.png",
-                          pictures / "grey.tiff", *CPU, "--output-dir", finished[1])
+    assert re.search(r"epoch 1 test: +\d+%\|.*\| *\d/2 ", shown)
+    predict = ["train_resnet.py", "--predict", pictures / "0.png", pictures / "grey.tiff", *CPU,
+               "--output-dir", finished[1]]
+    shown = on_a_terminal(*predict)
+    assert re.search(r"test: +\d+%\|.*\| *\d/1 ", shown)
     lines = [line for line in shown.replace("\r", "\n").splitlines() if "plaid" in line]
     assert len(lines) == 10 and len({line.index("hue") for line in lines}) == 1
     assert [bool(line.split("hue")[0].strip()) for line in lines] == [True, *[False] * 4] * 2
-    assert all(re.search(r" +\d+\.\d%$", line) for line in lines)
+
+    with open(tmp_path / "predictions.csv", "w+") as file:
+        assert "test: " in on_a_terminal(*predict, stdout=file)
+        file.seek(0)
+        rows = list(csv.DictReader(file))
+    assert [re.search(r"(hue .*?) +(\d+\.\d)%$", line).groups() for line in lines] == [
+        (row["class"], f"{100 * float(row['probability']):.1f}") for row in rows]

@@ -291,9 +291,20 @@ def test_durations(seconds, text):
 def test_each_gpu_generation_gets_what_it_computes_fast(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
-    monkeypatch.setattr(utils.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(utils, "can_compile", lambda: True)
     runtime = utils.choose_runtime("cuda", "auto", None)
     assert (runtime.dtype, runtime.compile, runtime.memory_format) == expected
+
+
+@pytest.mark.parametrize("lacks", [None, "triton", "compiler", "header"])
+def test_torch_compiles_by_default_where_it_finds_all_it_needs(monkeypatch, tmp_path, lacks):
+    (tmp_path / "Python.h").touch()
+    include = tmp_path / "nowhere" if lacks == "header" else tmp_path
+    monkeypatch.setattr(utils.sysconfig, "get_path", lambda name: include)
+    monkeypatch.setattr(utils.importlib.util, "find_spec", lambda name: lacks != "triton" or None)
+    monkeypatch.setattr(utils.shutil, "which",
+                        lambda name: "/bin/gcc" if name == "gcc" and lacks != "compiler" else None)
+    assert utils.can_compile() == (lacks is None)
 
 
 def training_bytes(model: torch.nn.Module, batch_size: int, size: int) -> int:
