@@ -439,8 +439,8 @@ def _transfer_with_retries(url: str, part: Path, attempts: int) -> str:
             _transfer(url, part)
             break
         except (OSError, http.client.HTTPException) as error:
-            refused = getattr(error, "code", 500) < 500  # 5xx: of a server that is busy
-            if attempt + 1 == attempts or refused:
+            code = getattr(error, "code", 500)  # 5xx, 408 and 429 are a busy server's
+            if attempt + 1 == attempts or (code < 500 and code not in (408, 429)):
                 raise
             log.info(f"download   broke off ({error}), trying again")
             time.sleep(RETRY_SECONDS * 2**attempt)

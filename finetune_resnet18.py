@@ -10,7 +10,7 @@ The bar of the course is 70 % test accuracy.
     python finetune_resnet18.py --predict tiger.jpg               what is it?
 
 The weights are the file that --weights names, or the course's or torchvision's file beside this
-script, or else torchvision's own download.
+script or in torch's cache, or else torchvision's own download.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def parse_args():
         help="ImageNet weights of torchvision's resnet18, or 'random' for none (a dry run)")
     recipe.add_argument("--image-size", type=utils.number(int, 32), default=224, metavar="PIXELS",
         help="side to which the images are up-sampled; the weights were trained at 224")
-    recipe.add_argument("--low-res", type=utils.number(float, 0, 1), default=0.75, metavar="F",
+    recipe.add_argument("--low-res", type=utils.number(float, 0, 1), default=0.5, metavar="F",
         help="train on images of half that side in this fraction of the epochs, the first, three "
              "times as fast")
     parser.set_defaults(

@@ -98,8 +98,9 @@ def resnet18(weights: str | None, num_classes: int = 100, download: bool = True)
     """Part 2: torchvision's ResNet-18 with ImageNet weights and a new head.
 
     `weights` is a file, or "random" for none at all; by default the first of RESNET18_FILES that
-    lies beside this module, else torchvision's own hash-checked download. The head has PyTorch's
-    default initialisation. Maps float images (N, 3, 224, 224) to logits (N, num_classes).
+    lies beside this module or in torch's cache, else torchvision's own hash-checked download. The
+    head has PyTorch's default initialisation. Maps float images (N, 3, 224, 224) to logits
+    (N, num_classes).
 
     Raises UserError if the file is missing, damaged, unsafe or another network's.
     """

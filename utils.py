@@ -66,7 +66,7 @@ TIMES = ("images_per_second", "seconds", "eta_seconds")  # what two equal runs d
 # Settings that may differ between a run and its continuation, for they do not change its course.
 FREE_SETTINGS = {"data_dir", "data_url", "no_download", "output_dir", "device", "weights", "debug"}
 FREE_SETTINGS |= {"resume", "overwrite", "eval_only", "predict", "compare"}
-FREE_SETTINGS |= {"max_minutes", "checkpoint_minutes"}
+FREE_SETTINGS |= {"max_minutes", "checkpoint_minutes", "compile"}
 ENVIRONMENT = ("command", "runtime", "torch", "python", "system")  # in config.json
 POSITION = ("epoch", "step", "seconds", "train_seconds", "history")  # of a Run, in its checkpoint
 
@@ -93,8 +93,8 @@ def run_script(main: Callable[[], None]) -> None:
         message, status = explain(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if RANK and isinstance(error, UserError) and status != USER_ERROR:  # rank 0 says the same
-            message = ""
+        if RANK and isinstance(error, UserError) and status != USER_ERROR:
+            message = ""  # it is of all ranks, and rank 0 tells
     if _in_group() and status in (0, STOPPED):  # wait for the others' end, or failure
         with contextlib.suppress(RuntimeError):
             dist.all_reduce(torch.zeros(1))
@@ -244,7 +244,7 @@ def _add_machine_flags(add: Callable) -> None:
         help="auto: bf16, or on CUDA else fp16, where the chip computes in it; fp32 otherwise")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
         help="torch.compile; by default on one CUDA GPU of compute capability 7.0 or more, if "
-             "triton and a C compiler are found")
+             "triton, a C compiler and Python's headers are found")
     add("--checkpoint-minutes", type=number(float, 0), default=10, metavar="M",
         help="save every M minutes within an epoch, and at its end")
     add("--max-minutes", type=number(float, 0.001), metavar="M",
@@ -399,9 +399,13 @@ def choose_runtime(device: str, precision: str, compile_model: bool | None) -> R
 
 
 def can_compile() -> bool:
-    """Return whether torch.compile finds what it needs on CUDA: triton, and that a C compiler."""
-    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang"))
-    header = Path(sysconfig.get_path("include"), "Python.h")
+    """Return whether torch.compile finds what it needs on CUDA: triton, a C compiler, Python.h.
+
+    The last two are sought as triton does.
+    """
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
     return bool(importlib.util.find_spec("triton") and any(map(shutil.which, compilers))
                 and header.exists())
 
@@ -517,8 +521,7 @@ class Run:
         self.stop_signal = 0
         self.network = parts["model"]  # what a training step calls
         if runtime.ranks > 1:
-            # Batch norm's statistics need no broadcast: see the end of train_one_epoch.
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
+            self.network = DistributedDataParallel(self.network)
         # For --max-minutes: seconds at most so far, and whether this process has come any further.
         self.step_seconds, self.save_seconds, self.progressed = 0.0, SHORTEST_SAVE, False
         self._clock = self._saved = time.monotonic()
@@ -565,9 +568,9 @@ class Run:
         self.stop_signal = number
 
     def watch(self, batches: Iterable, what: str, start: int, end: int) -> Iterator:
-        """Pass on `batches`, which are those from `start` on, up to `end`, under a progress bar.
+        """Yield `batches`, the first of which is the epoch's batch `start`, up to batch `end`.
 
-        Save, and stop, when it is time.
+        Under a progress bar. Before each batch, save or stop if it is time to.
         """
         bar = tqdm(itertools.islice(batches, end - start), f"epoch {self.epoch + 1} {what}",
                    initial=start, total=end, leave=False, unit="batch",
@@ -699,10 +702,13 @@ class Run:
                     raise
                 previous.unlink()  # there is room for two
                 save_tensors(newest, state, previous)
-            with contextlib.suppress(OSError):  # the next save, or finish(), writes them
+            try:
                 self._write_tables()
+            except OSError as error:
+                log.info(f"warning    tables not written ({error}); the next save tries again")
         self.unsaved = False
-        self.save_seconds = max(self.save_seconds, time.monotonic() - began)
+        self._saved = time.monotonic()
+        self.save_seconds = max(self.save_seconds, self._saved - began)
 
     def _save_or_warn(self) -> None:
         try:
@@ -985,7 +991,7 @@ def write_picture(path: Path, caption: str, draw: Callable, *content) -> str:
 
             figure = Figure(layout="constrained")
             draw(figure, *content)
-            figure.savefig(png, format="png")
+            figure.savefig(png, format="png", dpi=150)
     except Exception as error:  # no picture is worth a run
         remedy = ": pip install 'matplotlib>=3.7'" * isinstance(error, ImportError)
         log.info(f"note       {path.name} is not drawn ({error}){remedy}")
@@ -1062,8 +1068,9 @@ def draw_curves(figure, groups: dict[str, list[dict]]) -> None:
             if len(runs) > 1:
                 panels[quantity].fill_between(x, curves.min(0), curves.max(0), color=colour,
                                               alpha=0.25)
-    for bar in sorted({run["bar"] for runs in groups.values() for run in runs if run["bar"]}):
-        panels["acc"].axhline(bar, color="0.3", linestyle="-.", label="the course's bar")
+    bars = sorted({run["bar"] for runs in groups.values() for run in runs if run["bar"]})
+    for bar, dashes in zip(bars, itertools.cycle(("-.", (0, (1, 4)))), strict=False):
+        panels["acc"].axhline(bar, color="0.3", linestyle=dashes, label=f"the course's {bar:.0f}%")
     titles = {"loss": "cross entropy, nats (train: smoothed)",
               "acc": "accuracy, %", "lr": "learning rate at the end of the epoch"}
     for quantity, panel in panels.items():

@@ -273,7 +273,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_final(tmp_path, archive, 
     server = Server(archive, errors=(503, 502))
     assert same(data.load("cifar100", tmp_path / "data", server.url), arrays)
     server = Server(archive, errors=(404,))
-    with pytest.raises(UserError, match="404.*Three ways out"):
+    with pytest.raises(UserError, match=r"404.*Three ways out"):
         data.load("cifar100", tmp_path / "other", server.url)
     assert server.ranges == [None]
 

@@ -257,6 +257,18 @@ def test_an_output_directory_that_vanishes_does_not_stop_the_training(whole, tmp
     assert set(contents(tmp_path / "away")) == {".lock", "config.json"}
 
 
+def test_a_table_that_cannot_be_written_does_not_make_the_checkpoint_unsaved(whole, tmp_path):
+    run = whole["train_resnet"]
+    before = functools.partial(at_batch, 5, (tmp_path / "metrics.csv").mkdir)
+    process = run.script(tmp_path, before=before)
+    assert process.stdout.count("warning    tables not written ([Errno 21] Is a directory") == 2
+    assert "not saved" not in process.stdout
+    assert (process.returncode, process.stderr.count("\n")) == (1, 1)
+    assert "not all is written" in process.stderr
+    (tmp_path / "metrics.csv").rmdir()
+    run.assert_same_end(run.script(tmp_path), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def stopped(whole, tmp_path_factory):
     """Part 1, stopped in its second epoch: it has a checkpoint, and the one before."""
@@ -363,6 +375,17 @@ def test_other_settings_or_images_are_refused_by_name(whole, stopped, tmp_path, 
     assert process.returncode == 2
     assert re.search(r"of a run on other images; --data-dir must hold the same\n", process.stderr)
     assert contents(stopped) == before
+
+
+def test_a_run_may_go_on_compiled_or_not(whole, stopped, tmp_path):
+    """Where torch.compile is the default depends on the machine and the number of processes."""
+    output_dir = shutil.copytree(stopped, tmp_path / "run")
+    state = models.load_tensors(output_dir / "checkpoint.pt")
+    state["settings"]["compile"], state["runtime"] = True, state["runtime"] + ", compiled"
+    torch.save(state, output_dir / "checkpoint.pt")
+    process = whole["train_resnet"].script(output_dir)
+    assert process.returncode == 0, process.stderr
+    assert ", compiled, torch" in process.stdout and "will not be the same bits" in process.stdout
 
 
 def hold(path: Path) -> None:

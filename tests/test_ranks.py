@@ -45,7 +45,7 @@ def join(rank: int, ranks: int, port: int) -> None:
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1",
     }
-    utils.LAUNCHED, utils.RANK = True, rank  # which it read before
+    utils.LAUNCHED, utils.RANK = True, rank  # it read the environment before this
 
 
 def choose_cpu() -> utils.Runtime:

@@ -300,7 +300,8 @@ def test_each_gpu_generation_gets_what_it_computes_fast(monkeypatch, capability,
 def test_torch_compiles_by_default_where_it_finds_all_it_needs(monkeypatch, tmp_path, lacks):
     (tmp_path / "Python.h").touch()
     include = tmp_path / "nowhere" if lacks == "header" else tmp_path
-    monkeypatch.setattr(utils.sysconfig, "get_path", lambda name: include)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(utils.sysconfig, "get_path", lambda *_: include)
     monkeypatch.setattr(utils.importlib.util, "find_spec", lambda name: lacks != "triton" or None)
     monkeypatch.setattr(utils.shutil, "which",
                         lambda name: "/bin/gcc" if name == "gcc" and lacks != "compiler" else None)
