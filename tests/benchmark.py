@@ -8,9 +8,9 @@
 
 The numbers of a round are measured one after the other and the table shows medians over the rounds,
 so that a machine whose speed drifts changes all of them alike. The limit is the product of two
-float32 matrices of 2048 x 2048 (on CUDA in TF32, as in the scripts). The plain loop is what people
-write first: part 1's network and batch size, a DataLoader with a worker for each core, PIL
-transforms, float32, SGD, no compilation.
+matrices of 2048 x 2048, in float32 (on CUDA in TF32, as in the scripts) and in the precision used.
+The plain loop is what people write first: part 1's network and batch size, a DataLoader with a
+worker for each core, PIL transforms, float32, SGD, no compilation.
 """
 
 import argparse
@@ -208,15 +208,17 @@ def main() -> None:
             rate.append(count * task.batch_size / seconds(task.run, count, device))
 
     medians = [statistics.median(rate) for rate in rates]
-    limit = medians[0] * tasks[0].flop
+    limits = [median * task.flop for median, task in zip(medians, products, strict=False)]
     ratio = medians[tasks.index(ours)] / medians[tasks.index(plain)]
     print(f"{runtime}, torch {torch.__version__}, {args.rounds} rounds")
-    print(f"{'':36} {'images/s':>10} {'GFLOP/s':>9} {'of fp32':>8} {'peak so far':>12}"
+    shares = "".join(f"{'of ' + product.name.split()[-1]:>12}" for product in products)
+    print(f"{'':36} {'images/s':>10} {'GFLOP/s':>9} {shares} {'peak so far':>12}"
           + f"{'busy':>7}" * (device.type == "cuda"))
     for task, rate, extra in zip(tasks, medians, extras, strict=True):
         shown = f"{rate:10.1f}" if task.batch_size > 1 else " " * 10
         flop = rate * task.flop
-        print(f"{task.name:36} {shown} {flop / 1e9:9.0f} {flop / limit:8.2f} {extra:>12}")
+        shares = "".join(f"{flop / limit:12.2f}" for limit in limits)
+        print(f"{task.name:36} {shown} {flop / 1e9:9.0f} {shares} {extra:>12}")
     print(f"part 1 at 32 trains {ratio:.2f} times as fast as the plain loop")
 
 
