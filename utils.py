@@ -1096,7 +1096,7 @@ def write_report(directories: list[Path], into: Path, report: str, picture: str)
     text = "Numbers are those of the last epoch, not of the best.\n\n"
     text += markdown_table(
         ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
-         "test loss", "", "time", "training images/s"), [run["row"] for run in runs])
+         "test loss", "verdict", "time", "training images/s"), [run["row"] for run in runs])
     text += write_picture(into / picture, "", draw_curves, groups)
     rows = []
     for label, group in groups.items():

@@ -270,7 +270,7 @@ def test_a_broken_download_is_resumed(tmp_path, archive, arrays, monkeypatch):
 def test_a_busy_server_is_asked_again_and_a_refusal_is_final(tmp_path, archive, arrays,
                                                              monkeypatch):
     monkeypatch.setattr(data, "RETRY_SECONDS", 0)
-    server = Server(archive, errors=(503, 502))
+    server = Server(archive, errors=(503, 429))
     assert same(data.load("cifar100", tmp_path / "data", server.url), arrays)
     server = Server(archive, errors=(404,))
     with pytest.raises(UserError, match=r"404.*Three ways out"):

@@ -134,7 +134,7 @@ def test_the_reported_epoch_is_the_last_not_the_best(tmp_path):
 
 
 def test_the_last_line_tells_the_last_epoch_not_the_best(finished, tmp_path):
-    _, output_dir = shutil.copytree(finished[1], tmp_path / "run"), tmp_path / "run"
+    output_dir = shutil.copytree(finished[1], tmp_path / "run")
     state = torch.load(output_dir / "checkpoint.pt")
     (row,) = state["position"]["history"]
     state["position"]["history"] = [{**row, "test_acc": 0.99}, row]
@@ -167,8 +167,8 @@ def test_curves_show_the_numbers_of_a_run_in_three_panels_with_the_bar(tmp_path,
 
 def test_both_parts_in_one_picture_have_their_bars(tmp_path, drawn):
     """Settings that only the other part has do not make a difference."""
-    made_up_run(tmp_path / "one", image_size=0)
-    made_up_run(tmp_path / "two", "finetune_resnet18", 70.0)
+    made_up_run(tmp_path / "one")
+    made_up_run(tmp_path / "two", "finetune_resnet18", 70.0, image_size=224)
     utils.compare([tmp_path / "one", tmp_path / "two"], tmp_path)
     (figure,) = drawn
     *curves, one, two = figure.axes[1].lines

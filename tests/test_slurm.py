@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
+import torch
 from conftest import contents, equal, write_binary
 from processes import ROOT, script
 
@@ -120,8 +121,10 @@ def test_an_array_trains_a_seed_in_each_job(checkout):
 def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkout, monkeypatch):
     """Slurm gives its signal up to 30 s early, so here 15 to 45 s after the start.
 
-    Each start copies the data to the node's own disk and reads them there.
+    Each start copies the data, here behind a link, to the node's own disk and reads them there.
     """
+    (checkout / "data").rename(checkout / "elsewhere")
+    (checkout / "data").symlink_to("elsewhere")
     (checkout / "local").mkdir()
     monkeypatch.setenv("SLURM_TMPDIR", str(checkout / "local"))
     monkeypatch.setenv("OUTPUT", "output/mine")
@@ -174,6 +177,17 @@ def test_an_error_does_not_requeue(checkout):
     known = wait_for(number, ended)
     assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "1:0", "0")
     assert "the loss was not finite" in log_of(number)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("file", ["one_gpu", "ddp"])
+def test_a_job_that_finds_no_gpu_fails_at_once(checkout, file):
+    """Rather than train on the CPU for all of its time."""
+    number = submit(f"slurm/{file}.sbatch", "train_resnet")
+    known = wait_for(number, ended)
+    assert (known["JobState"], known["Restarts"]) == ("FAILED", "0")
+    assert "--device cuda" in log_of(number) and "not to be had" in log_of(number)
+    assert not (checkout / "output").exists()
 
 
 def test_several_gpus_stop_together_requeue_and_finish(checkout):

@@ -296,6 +296,18 @@ def test_each_gpu_generation_gets_what_it_computes_fast(monkeypatch, capability,
     assert (runtime.dtype, runtime.compile, runtime.memory_format) == expected
 
 
+def test_synchronised_batch_norm_is_not_compiled_unless_asked_for(monkeypatch):
+    """torchrun's processes on GPUs have it, and torch.compile breaks the graph there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(utils, "can_compile", lambda: True)
+    monkeypatch.setattr(utils, "join_ranks", lambda device: (1, 4))
+    monkeypatch.setattr(utils, "LAUNCHED", True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [utils.choose_runtime("cuda", "auto", compile_model).compile
+            for compile_model in (None, True)] == [False, True]
+
+
 @pytest.mark.parametrize("lacks", [None, "triton", "compiler", "header"])
 def test_torch_compiles_by_default_where_it_finds_all_it_needs(monkeypatch, tmp_path, lacks):
     (tmp_path / "Python.h").touch()
