@@ -121,6 +121,9 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def _exit_with(message: str, status: int) -> None:
+    for name in STOP_SIGNALS[1:]:  # too late to stop: in the interpreter's end one would kill it
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if message:
         rank = f" (rank {RANK})" if RANK else ""
         with contextlib.suppress(OSError):  # a full disk under stderr; the status still counts
