@@ -34,14 +34,16 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
+import engine
 import models
 import utils
 
 NORMAL = 184e9  # FLOP/s of the product of two float32 matrices of 2048 x 2048
-IMAGES = 2000  # of random pixels; both batch sizes divide it
+IMAGES = 2000  # of random pixels; a multiple of both batch sizes
 # For a pixel of the input; where a map's side is odd there are a few more.
 MULTIPLY_ADDS = {"train_resnet": 214.8e6 / 32**2, "finetune_resnet18": 1814e6 / 224**2}
-SIZES = {"train_resnet": (20, 32), "finetune_resnet18": (112, 224)}  # the last one is evaluated
+# The small and the full side of the training images, in pixels; the test images are of full size.
+SIZES = {"train_resnet": (20, 32), "finetune_resnet18": (112, 224)}
 
 
 class Task(NamedTuple):
@@ -61,7 +63,8 @@ def matrix_product(device: torch.device, dtype: torch.dtype, size: int = 2048) -
         for _ in range(n):
             a @ b
 
-    return Task(f"matrix product, {str(dtype)[6:]}", run, 1, 2 * size**3)
+    name = str(dtype).removeprefix("torch.")
+    return Task(f"matrix product, {name}", run, 1, 2 * size**3)
 
 
 def our_tasks(name: str, flags: list[str], images: data.Split) -> list[Task]:
@@ -72,33 +75,30 @@ def our_tasks(name: str, flags: list[str], images: data.Split) -> list[Task]:
     runtime = utils.choose_runtime(args.device, args.precision, args.compile)
     model = models.ResNet() if name == "train_resnet" else models.resnet18("random")
     model = runtime.place(model)
-    optimizer, scheduler = script.make_optimizer(model, args, 10**6, runtime)
-    batches = data.Batches(images, args.batch_size, data.CIFAR100_STATS, runtime)
-    tested = data.Batches(images, script.EVAL_BATCH, data.CIFAR100_STATS, runtime)
+    optimizer, scaler = script.make_optimizer(model, args, runtime), runtime.scaler()
+    scheduler = engine.one_cycle(optimizer, 10**6)
+    small, full = SIZES[name]
+    batches = data.Batches(images, args.batch_size, script.STATS, runtime)
+    tested = data.Batches(images, script.EVAL_BATCH, script.STATS, runtime, full)
     dataset = data.Dataset("random", images, images, (), "")
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler,
-             "scaler": runtime.scaler()}
 
     def train(size: int, n: int) -> None:
-        run = utils.Run(args, 0, runtime, dataset, n, n, [size], parts)
+        # One epoch of n steps of a run that is not started, so it writes no file.
+        run = engine.Run(args, runtime, dataset, script.REQUIRED, steps_per_epoch=n)
+        run.model, run.network, run.optimizer = model, model, optimizer
+        run.scheduler, run.scaler = scheduler, scaler
         forever = itertools.chain.from_iterable(
             batches.shuffled(0, epoch, 0, size) for epoch in itertools.count())
-        utils.train_one_epoch(run, forever, args.label_smoothing)
+        engine.train_one_epoch(run, forever, args.label_smoothing)
 
-    def evaluate(size: int, n: int) -> None:
-        forever = itertools.chain.from_iterable(tested.in_order(size) for _ in itertools.count())
-        utils.evaluate(model, itertools.islice(forever, n), runtime)
+    def evaluate(n: int) -> None:
+        forever = itertools.chain.from_iterable(itertools.repeat(tested))
+        engine.evaluate(model, itertools.islice(forever, n), runtime)
 
     flop = {size: 2 * MULTIPLY_ADDS[name] * size**2 for size in SIZES[name]}
-    small, full = SIZES[name]
-    return [
-        Task(f"{name}, training at {small}", functools.partial(train, small), args.batch_size,
-             3 * flop[small]),
-        Task(f"{name}, training at {full}", functools.partial(train, full), args.batch_size,
-             3 * flop[full]),
-        Task(f"{name}, evaluation at {full}", functools.partial(evaluate, full),
-             script.EVAL_BATCH, flop[full]),
-    ]
+    tasks = [Task(f"{name}, training at {size}", functools.partial(train, size), args.batch_size,
+                  3 * flop[size]) for size in (small, full)]
+    return [*tasks, Task(f"{name}, evaluation at {full}", evaluate, script.EVAL_BATCH, flop[full])]
 
 
 class PilImages(Dataset):
@@ -123,7 +123,8 @@ def plain_loop(device: torch.device, images: data.Split, batch_size: int) -> Tas
     """Return part 1's training as people write it first."""
     model = models.ResNet().to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
-    order: list[list[int]] = []  # of the images, batch by batch; no more are loaded than are used
+    # Of the images, batch by batch; no more are loaded than are used.
+    order: list[list[int]] = []
     loader = DataLoader(PilImages(images), batch_sampler=order, pin_memory=device.type == "cuda",
                         num_workers=torch.get_num_threads(), persistent_workers=True)
 
@@ -160,7 +161,8 @@ def time_command(command: list[str]) -> int:
     product = matrix_product(torch.device("cpu"), torch.float32)
 
     def speed() -> float:
-        seconds(product.run, 20, torch.device("cpu"))  # a warm-up
+        # A warm-up comes first.
+        seconds(product.run, 20, torch.device("cpu"))
         return 100 * product.flop / seconds(product.run, 100, torch.device("cpu"))
 
     before, began = speed(), time.perf_counter()
@@ -169,6 +171,42 @@ def time_command(command: list[str]) -> int:
     print(f"{minutes:.1f} min at {before / 1e9:.0f} GFLOP/s before and {after / 1e9:.0f} after: "
           f"{minutes * (before + after) / 2 / NORMAL:.1f} normalised min")
     return status
+
+
+def measure(
+    tasks: list[Task], args: argparse.Namespace, device: torch.device
+) -> tuple[list[float], list[str]]:
+    """Return the median images/s of each task, and its last columns in the table."""
+    rates: list[list[float]] = [[] for _ in tasks]
+    counts, columns = [], []
+    for task in tasks:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        # A warm-up, and a compilation where there is one.
+        seconds(task.run, 2, device)
+        counts.append(max(2, round(2 * args.seconds / seconds(task.run, 2, device))))
+        column = f"{utils.peak_memory(device):9.2f} GB"
+        if device.type == "cuda":
+            column += f"{busy(task, min(counts[-1], 50), device):8.0%}"
+        columns.append(column)
+    for _ in range(args.rounds):
+        for task, count, rate in zip(tasks, counts, rates, strict=True):
+            rate.append(count * task.batch_size / seconds(task.run, count, device))
+    return [statistics.median(rate) for rate in rates], columns
+
+
+def print_table(tasks: list[Task], products: list[Task], rates: list[float], columns: list[str],
+                device: torch.device) -> None:
+    """Print a line for each task. The first ones are the products, which are the limits."""
+    limits = [rate * task.flop for rate, task in zip(rates, products, strict=False)]
+    shares = "".join(f"{'of ' + product.name.split()[-1]:>12}" for product in products)
+    header = f"{'':36} {'images/s':>10} {'GFLOP/s':>9} {shares} {'peak so far':>12}"
+    print(f"{header}{'busy':>7}" if device.type == "cuda" else header)
+    for task, rate, column in zip(tasks, rates, columns, strict=True):
+        shown = f"{rate:10.1f}" if task.batch_size > 1 else " " * 10
+        flop = rate * task.flop
+        shares = "".join(f"{flop / limit:12.2f}" for limit in limits)
+        print(f"{task.name:36} {shown} {flop / 1e9:9.0f} {shares} {column}")
 
 
 def main() -> None:
@@ -182,7 +220,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.time:
         sys.exit(time_command(args.time))
-    runtime = utils.choose_runtime(args.device, args.precision, None)
+    runtime = utils.choose_runtime(args.device, args.precision, compile_model=False)
     device = runtime.device
     images = data.Split(torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8),
                         torch.arange(IMAGES) % data.CLASSES)
@@ -193,32 +231,10 @@ def main() -> None:
     plain, (_, ours, _) = plain_loop(device, images, part1[0].batch_size), part1
     tasks = [*products, *part1, plain, *part2]
 
-    rates: list[list[float]] = [[] for _ in tasks]
-    counts, extras = [], []
-    for task in tasks:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        seconds(task.run, 2, device)  # a warm-up, and a compilation where there is one
-        counts.append(max(2, round(2 * args.seconds / seconds(task.run, 2, device))))
-        peak = f"{utils.peak_memory(device):8.2f} GB"
-        extras.append(peak if device.type == "cpu" else
-                      f"{peak}{busy(task, min(counts[-1], 50), device):8.0%}")
-    for _ in range(args.rounds):
-        for task, count, rate in zip(tasks, counts, rates, strict=True):
-            rate.append(count * task.batch_size / seconds(task.run, count, device))
-
-    medians = [statistics.median(rate) for rate in rates]
-    limits = [median * task.flop for median, task in zip(medians, products, strict=False)]
-    ratio = medians[tasks.index(ours)] / medians[tasks.index(plain)]
+    rates, columns = measure(tasks, args, device)
     print(f"{runtime}, torch {torch.__version__}, {args.rounds} rounds")
-    shares = "".join(f"{'of ' + product.name.split()[-1]:>12}" for product in products)
-    print(f"{'':36} {'images/s':>10} {'GFLOP/s':>9} {shares} {'peak so far':>12}"
-          + f"{'busy':>7}" * (device.type == "cuda"))
-    for task, rate, extra in zip(tasks, medians, extras, strict=True):
-        shown = f"{rate:10.1f}" if task.batch_size > 1 else " " * 10
-        flop = rate * task.flop
-        shares = "".join(f"{flop / limit:12.2f}" for limit in limits)
-        print(f"{task.name:36} {shown} {flop / 1e9:9.0f} {shares} {extra:>12}")
+    print_table(tasks, products, rates, columns, device)
+    ratio = rates[tasks.index(ours)] / rates[tasks.index(plain)]
     print(f"part 1 at 32 trains {ratio:.2f} times as fast as the plain loop")
 
 

@@ -1,31 +1,31 @@
-"""What several tests need: small CIFAR-100s in every format, and the shared data."""
-
-import pickle
-import tarfile
-from pathlib import Path
+"""Fixtures of several test files, and the option --kills."""
 
 import numpy as np
 import pytest
 import torch
-from processes import ROOT
+from helpers import write_binary
 
 import utils
 
-SHARED = ROOT.parent / "shared"
-NAMES = [f"name_{label}" for label in range(100)]
 
-needs_data = pytest.mark.skipif(
-    not (SHARED / "cifar100").is_dir(), reason="the real CIFAR-100 is not in ../shared"
-)
-needs_weights = pytest.mark.skipif(
-    not (SHARED / "weights").is_dir(), reason="the ImageNet weights are not in ../shared"
-)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def pytest_addoption(parser):
+    """Add --kills."""
+    parser.addoption("--kills", type=int, default=26, help="SIGKILLs of the marked kill test")
 
 
 @pytest.fixture
 def runtime():
-    return utils.Runtime(torch.device("cpu"), torch.float32, False, torch.channels_last)
+    """The CPU in float32, one process."""
+    return utils.Runtime(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be written into files, in their order; for speed they are not."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures = []
+    monkeypatch.setattr(figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    return figures
 
 
 @pytest.fixture(scope="session")
@@ -41,70 +41,9 @@ def arrays():
     }
 
 
-def write_python(directory: Path, arrays: dict, protocol: int = 2) -> Path:
-    """Write the official python version."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for split, (images, labels) in arrays.items():
-        content = {
-            "data": images.reshape(len(images), -1),
-            "fine_labels": labels.tolist(),
-            "coarse_labels": [0] * len(labels),
-            "filenames": [f"{split}_{i}.png" for i in range(len(labels))],
-            "batch_label": f"{split} batch 1 of 1",
-        }
-        (directory / split).write_bytes(pickle.dumps(content, protocol))
-    meta = {"fine_label_names": NAMES, "coarse_label_names": ["all"]}
-    (directory / "meta").write_bytes(pickle.dumps(meta, protocol))
-    return directory
-
-
-def write_binary(directory: Path, arrays: dict) -> Path:
-    """Write the official binary version."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for split, (images, labels) in arrays.items():
-        coarse = np.zeros(len(labels), np.uint8)
-        heads = np.stack([coarse, labels.astype(np.uint8)], 1)
-        rows = np.concatenate([heads, images.reshape(len(images), -1)], 1)
-        (directory / f"{split}.bin").write_bytes(rows.tobytes())
-    (directory / "fine_label_names.txt").write_text("\n".join(NAMES) + "\n")
-    return directory
-
-
-def write_hdf5(path: Path, arrays: dict, dtype=np.uint8) -> Path:
-    """Write the course's HDF5 layout; floating-point pixels are scaled to 0..1."""
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(path, "w") as file:
-        for split, (images, labels) in arrays.items():
-            pixels = images if dtype is np.uint8 else (images / 255).astype(dtype)
-            file[f"X_{split}"], file[f"Y_{split}"] = pixels, labels
-    return path
-
-
-def pack(directory: Path, archive: Path) -> Path:
-    """Write a .tar.gz of `directory`, as the official archives are laid out."""
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(directory, directory.name)
-    return archive
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Return what the files of a directory hold, by name."""
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def equal(one, two) -> bool:
-    """Return whether two states are the same, tensors to the bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        same = isinstance(two, dict) and list(one) == list(two)
-        return same and all(equal(one[key], two[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        same = type(one) is type(two) and len(one) == len(two)
-        return same and all(map(equal, one, two))
-    return type(one) is type(two) and one == two
-
-
-def pytest_addoption(parser):
-    """Add --kills."""
-    parser.addoption("--kills", type=int, default=26, help="SIGKILLs of the fault-injection test")
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, arrays):
+    """A directory with a CIFAR-100 of 32 training and 20 test images, for runs of a second."""
+    few = {split: (images[:count], labels[:count])
+           for count, (split, (images, labels)) in zip((32, 20), arrays.items(), strict=True)}
+    return write_binary(tmp_path_factory.mktemp("cifar"), few)

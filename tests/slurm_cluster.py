@@ -57,7 +57,8 @@ def running(directory: Path) -> Iterator[None]:
         (directory / name).mkdir()
     host = socket.gethostname().partition(".")[0]
     (directory / "slurm.conf").write_text(CONFIGURATION.format(host=host, directory=directory))
-    devices = ("null", "zero", "full", "random")  # what stands for four GPUs
+    # What stands for four GPUs.
+    devices = ("null", "zero", "full", "random")
     (directory / "gres.conf").write_text("".join(
         f"NodeName=xk Name=gpu File=/dev/{device}\n" for device in devices))
     Path("/run/munge").mkdir(exist_ok=True)

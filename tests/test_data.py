@@ -1,31 +1,29 @@
-"""CIFAR-100 is found, told apart, checked, downloaded and fed as promised."""
+"""CIFAR-100 and pictures are found, told apart, checked and fed to the network as promised."""
 
-import hashlib
-import http.server
+import functools
 import os
 import pickle
-import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NAMES, SHARED, needs_data, pack, write_binary, write_hdf5, write_python
-from processes import ROOT
+from helpers import (
+    NAMES,
+    SHARED,
+    holds,
+    needs_data,
+    pack,
+    write_binary,
+    write_hdf5,
+    write_python,
+)
+from PIL import Image
 
 import data
-from models import UserError
-
-
-def same(dataset: data.Dataset, arrays: dict) -> bool:
-    return all(
-        torch.equal(part.images, torch.from_numpy(arrays[split][0]))
-        and torch.equal(part.labels, torch.from_numpy(arrays[split][1]))
-        for split, part in (("train", dataset.train), ("test", dataset.test))
-    )
+import utils
+from utils import UserError
 
 
 def test_a_directory_that_cannot_be_searched_is_one_line(tmp_path, monkeypatch):
@@ -62,7 +60,7 @@ def test_every_format_is_told_apart_and_reads_equal(tmp_path, arrays, layout):
             written.rename(tmp_path / written.name)
     before = sorted(tmp_path.rglob("*"))
     dataset = data.load("cifar100", data_dir, download=False)
-    assert same(dataset, arrays)
+    assert holds(dataset, arrays)
     assert f"({kind} version)" in dataset.source
     assert dataset.class_names[7] == ("beetle" if kind == "HDF5" else NAMES[7])
     assert sorted(tmp_path.rglob("*")) == before, "nothing is unpacked to disk"
@@ -80,25 +78,70 @@ def test_a_pickle_of_python_2_reads(tmp_path, arrays):
         + b"tbU\x0bfine_labels](" + b"".join(b"K" + bytes([v]) for v in arrays["test"][1]) + b"eu."
     )
     (directory / "test").write_bytes(raw)
-    assert same(data.load("cifar100", tmp_path, download=False), arrays)
+    assert holds(data.load("cifar100", tmp_path, download=False), arrays)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The real set, and the files that it was read from."""
+    read, files = data._read_archive, {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_read_archive", lambda path: files.update(read(path)) or files)
+        return data.load("cifar100", SHARED / "cifar100", download=False), files
 
 
 @needs_data
-def test_the_real_set_is_the_published_one(caplog):
-    with caplog.at_level("INFO", "cifar100"):
-        dataset = data.load("cifar100", SHARED / "cifar100", download=False)
+def test_the_real_set_is_the_published_one(real):
+    dataset, _ = real
     assert dataset.train.images.shape == (50_000, 3, 32, 32)
     assert torch.bincount(dataset.test.labels).tolist() == [100] * 100
-    assert (dataset.class_names[0], dataset.class_names[99]) == ("apple", "worm")
-    pixels = dataset.train.images.float() / 255
-    mean, std = data.CIFAR100_STATS
-    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(mean, abs=2e-6)
-    assert pixels.std((0, 2, 3), correction=0).tolist() == pytest.approx(std, abs=2e-6)
-    notes = [r.getMessage() for r in caplog.records if "not the official" in r.getMessage()]
-    assert len(notes) == 1, "a checksum that is not the official one is reported in one line"
+    # How often each channel has each of the values 0 to 255.
+    counts = np.stack([torch.bincount(channel.flatten(), minlength=256)
+                       for channel in dataset.train.images.transpose(0, 1)])
+    shares, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
+    mean = shares @ values
+    std = (shares @ values**2 - mean**2) ** 0.5
+    np.testing.assert_allclose((mean, std), data.CIFAR100_STATS, rtol=0, atol=2e-6)
+
+
+@needs_data
+def test_the_classes_and_superclasses_are_those_of_the_real_set(real):
+    dataset, files = real
+    assert dataset.class_names == data.CLASS_NAMES
+    assert (data.CLASS_NAMES[0], data.CLASS_NAMES[99]) == ("apple", "worm")
+    test = utils.unpickle(files["test"])
+    pairs = set(zip(test["fine_labels"], test["coarse_labels"], strict=True))
+    assert len(pairs) == 100
+    for fine, coarse in pairs:
+        group = data.SUPERCLASS_OF[data.CLASS_NAMES[fine]]
+        assert list(data.SUPERCLASSES).index(group) == coarse, "the official order, too"
+
+
+@pytest.mark.parametrize("form", ["directory", "archive"])
+def test_a_checksum_that_is_not_the_official_one_is_noted_once(tmp_path, arrays, caplog, form):
+    path = write_python(tmp_path / "mine", arrays)
+    if form == "archive":
+        path = pack(path, tmp_path / "mine.tar.gz")
+    with caplog.at_level("INFO", "cifar100"):
+        data.load("cifar100", path)
+    assert len([line for line in caplog.messages if "not the official md5 sum" in line]) == 1
+
+
+def test_the_checksum_is_of_the_images_as_they_were_loaded(tmp_path, arrays):
+    """A run that holds images out is on the same images, whatever the format they came in."""
+    images, labels = arrays["test"]
+    sets = [data.load("cifar100", path) for path in (
+        write_binary(tmp_path / "binary", arrays), write_python(tmp_path / "python", arrays),
+        write_binary(tmp_path / "pixels", {**arrays, "test": (images ^ 1, labels)}),
+        write_binary(tmp_path / "labels", {**arrays, "test": (images, labels[::-1])}),
+    )]
+    checksums = [dataset.checksum for dataset in sets]
+    assert checksums[0] == checksums[1] == data.hold_out(sets[0], 100).checksum
+    assert len(set(checksums)) == 3
 
 
 def broken(arrays: dict, fault: str) -> dict:
+    """Return the arrays with a fault in the test set."""
     images, labels = arrays["test"]
     changed = {
         "shape": (images[:, :, :28, :28], labels),
@@ -200,126 +243,6 @@ def test_a_pickle_of_other_things_is_named(tmp_path, arrays, content):
         data.load("cifar100", tmp_path, download=False)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `content`, by range where asked for; breaks off `breaks` times after half of it.
-
-    Between the halves it pauses for `pause` seconds. Before all that, it answers with `errors`.
-    """
-
-    def __init__(self, content: bytes, breaks: int = 0, pause: float = 0, errors: tuple = ()):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.breaks, self.pause, self.ranges = content, breaks, pause, []
-        self.errors = list(errors)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}/cifar-100-python.tar.gz"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        wanted = self.headers.get("Range")
-        self.server.ranges.append(wanted)
-        if self.server.errors:
-            return self.send_error(self.server.errors.pop(0))
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        if start >= len(self.server.content):
-            return self.send_error(416)
-        rest = self.server.content[start:]
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
-        half = len(rest) // 2
-        self.wfile.write(rest[:half])
-        time.sleep(self.server.pause)
-        if not self.server.breaks:
-            self.wfile.write(rest[half:])
-        self.server.breaks = max(0, self.server.breaks - 1)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def archive(tmp_path, arrays, monkeypatch):
-    """The content of an archive that the code takes for the official one."""
-    written = pack(write_python(tmp_path / "src" / "cifar-100-python", arrays), tmp_path / "a.tgz")
-    content = written.read_bytes()
-    md5 = hashlib.md5(content).hexdigest()
-    monkeypatch.setitem(data.OFFICIAL_MD5, "cifar-100-python.tar.gz", md5)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    return content
-
-
-def test_a_download_is_checked_and_read(tmp_path, archive, arrays):
-    server = Server(archive)
-    assert same(data.load("cifar100", tmp_path / "new" / "data", server.url), arrays)
-    names = sorted(path.name for path in (tmp_path / "new" / "data").iterdir())
-    assert names == [".cifar-100.lock", "cifar-100-python.tar.gz"]
-    data.load("cifar100", tmp_path / "new" / "data", server.url)
-    assert server.ranges == [None], "the second time nothing is asked for"
-
-
-def test_a_broken_download_is_resumed(tmp_path, archive, arrays, monkeypatch):
-    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
-    server = Server(archive, breaks=2)
-    assert same(data.load("cifar100", tmp_path / "data", server.url), arrays)
-    half = len(archive) // 2
-    quarter = (len(archive) - half) // 2
-    assert server.ranges == [None, f"bytes={half}-", f"bytes={half + quarter}-"]
-
-
-def test_a_busy_server_is_asked_again_and_a_refusal_is_final(tmp_path, archive, arrays,
-                                                             monkeypatch):
-    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
-    server = Server(archive, errors=(503, 429))
-    assert same(data.load("cifar100", tmp_path / "data", server.url), arrays)
-    server = Server(archive, errors=(404,))
-    with pytest.raises(UserError, match=r"404.*Three ways out"):
-        data.load("cifar100", tmp_path / "other", server.url)
-    assert server.ranges == [None]
-
-
-def test_a_download_killed_at_its_end_is_resumed(tmp_path, archive, arrays):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cifar-100.tar.gz.part").write_bytes(archive)
-    assert same(data.load("cifar100", tmp_path / "data", Server(archive).url), arrays)
-
-
-def test_the_rest_of_another_file_is_not_in_the_way(tmp_path, archive, arrays):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cifar-100.tar.gz.part").write_bytes(b"of another mirror")
-    assert same(data.load("cifar100", tmp_path / "data", Server(archive).url), arrays)
-
-
-def test_a_wrong_archive_is_not_kept(tmp_path, archive):
-    server = Server(archive + b"x")
-    with pytest.raises(UserError, match=r"not official.*Three ways out.*--data-url.*synthetic"):
-        data.load("cifar100", tmp_path / "data", server.url)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".cifar-100.lock"]
-
-
-@pytest.mark.parametrize("download, url", [
-    (True, "http://127.0.0.1:9/none"), (True, "nonsense"), (True, "http://127.0.0.1:x/none"),
-    (True, "http://127.0.0.1/a b"), (False, None),
-])
-def test_no_data_names_three_ways_out(tmp_path, monkeypatch, download, url):
-    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
-    with pytest.raises(UserError, match=r"put .*--data-url.*--dataset synthetic"):
-        data.load("cifar100", tmp_path / "data", url, download)
-
-
-def test_of_two_processes_one_downloads(tmp_path, archive):
-    server = Server(archive, pause=5)
-    code = (
-        "import sys, data, hashlib; data.OFFICIAL_MD5['cifar-100-python.tar.gz'] = sys.argv[3]\n"
-        "data.load('cifar100', sys.argv[1], sys.argv[2])"
-    )
-    command = [sys.executable, "-c", code, tmp_path / "data", server.url]
-    command.append(hashlib.md5(archive).hexdigest())
-    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    assert server.ranges == [None]
-
-
 def test_the_synthetic_set_is_deterministic_and_balanced():
     first, second = data.synthetic(), data.synthetic()
     assert first.name == "synthetic" and "not CIFAR-100" in first.source
@@ -331,20 +254,25 @@ def test_the_synthetic_set_is_deterministic_and_balanced():
 
 
 def test_the_held_out_images_are_balanced_and_apart():
-    whole = data.synthetic(5, 1).train
-    train, held = data.hold_out(whole, 200)
-    assert torch.bincount(held.labels).tolist() == [2] * 100
+    held = data.hold_out(data.synthetic(5, 1), 200)
+    train, val = held.train, held.val
+    assert torch.bincount(val.labels).tolist() == [2] * 100
     assert torch.bincount(train.labels).tolist() == [3] * 100
-    rejoined = torch.cat([train.images, held.images]).flatten(1)
+    rejoined = torch.cat([train.images, val.images]).flatten(1)
     assert len(torch.unique(rejoined, dim=0)) == 500
-    unsplit, none = data.hold_out(whole, 0)
-    assert (len(unsplit.labels), len(none.labels)) == (500, 0)
+
+
+def test_a_data_set_is_evaluated_on_val_where_there_is_one_and_on_test():
+    whole = data.synthetic(5, 1)
+    assert data.hold_out(whole, 0) is whole and list(whole.evaluated()) == ["test"]
+    held = data.hold_out(whole, 100)
+    assert list(held.evaluated().items()) == [("val", held.val), ("test", whole.test)]
 
 
 @pytest.mark.parametrize("count", [50, 150, 500, 600])
 def test_a_val_size_that_cannot_be_balanced_is_refused(count):
     with pytest.raises(UserError, match="--val-size"):
-        data.hold_out(data.synthetic(5, 1).train, count)
+        data.hold_out(data.synthetic(5, 1), count)
 
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -359,7 +287,8 @@ def numbered(count: int) -> data.Split:
 def test_an_epoch_visits_every_image_once_with_its_label(runtime):
     batches = data.Batches(numbered(250), 64, PLAIN, runtime)
     got = list(batches.shuffled(seed=1, epoch=2))
-    assert [len(labels) for _, labels, _ in got] == [64, 64, 64, 58] and len(batches) == 4
+    assert [len(labels) for _, labels, _ in got] == [64, 64, 64, 58]
+    assert batches.steps_per_epoch == 4
     numbers = torch.cat([images[:, 0, 0, 0] * 255 for images, *_ in got]).round().long()
     labels = torch.cat([labels for _, labels, _ in got])
     assert sorted(numbers.tolist()) == list(range(250))
@@ -400,17 +329,77 @@ def test_crops_and_flips_differ_from_image_to_image(runtime):
     assert len(torch.unique(images[:, 0, 0], dim=0)) == 18  # 9 offsets, flipped or not
 
 
-def test_images_come_normalised_and_resized(runtime):
+def test_augmentation_compiles_whole_to_the_same_images(runtime, monkeypatch):
+    """Crops, flips, normalisation and size, without a break; this backend needs no compiler."""
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend="aot_eager", fullgraph=True))
+    split = data.Split(torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12))
+    eager, compiled = (data.Batches(split, 8, data.CIFAR100_STATS, runtime._replace(compile=how))
+                       for how in (False, True))
+    for size in (20, 32):
+        for one, other in zip(eager.shuffled(0, 0, 0, size), compiled.shuffled(0, 0, 0, size),
+                              strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert compiled._augment != compiled._augment_eagerly
+
+
+@pytest.mark.parametrize("size", [16, 32, 224])
+def test_images_come_normalised_and_resized(runtime, size):
     split = data.synthetic(1, 1).test
-    plain = (split.images / 255).float()
-    batches = data.Batches(split, 30, data.IMAGENET_STATS, runtime)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in data.IMAGENET_STATS)
-    expected = (plain - mean) / std
-    images = torch.cat([images for images, _ in batches.in_order()])
-    torch.testing.assert_close(images, expected)
-    large = torch.cat([images for images, _ in batches.in_order(224)])
-    torch.testing.assert_close(large, F.interpolate(expected, scale_factor=7, mode="bilinear"))
-    small = torch.cat([images for images, _ in batches.in_order(16)])
-    torch.testing.assert_close(
-        small, F.interpolate(expected, (16, 16), mode="bilinear", antialias=True)
-    )
+    expected = (split.images / 255 - mean) / std
+    if size != 32:
+        expected = F.interpolate(expected, (size, size), mode="bilinear", antialias=size < 32)
+    batches = list(data.Batches(split, 30, data.IMAGENET_STATS, runtime, size))
+    torch.testing.assert_close(torch.cat([images for images, _ in batches]), expected)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
+
+
+@pytest.mark.parametrize("count", [1, 90, 91, 250])
+def test_three_ranks_get_as_many_batches_each_and_every_image_once(runtime, count):
+    """As many as len() says, for which a progress bar waits, though the last may be empty."""
+    seen = []
+    for rank in range(3):
+        batches = data.Batches(numbered(count), 10, PLAIN, runtime._replace(rank=rank, ranks=3))
+        got = list(batches)
+        assert len(got) == len(batches) == -(-count // 30)
+        seen += [images[:, 0, 0, 0] * 255 for images, _ in got]
+    assert sorted(torch.cat(seen).round().tolist()) == list(range(count))
+
+
+def test_a_picture_is_turned_cut_and_scaled(tmp_path):
+    """A wide red picture with green ends, taken with the camera turned by 90 degrees."""
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    pixels[:, :, 0], pixels[:, :32], pixels[:, 96:] = 200, (0, 99, 0), (0, 99, 0)
+    pixels[:32, 32:96, 2] = 255  # the upper half, blue: the right one when it is turned
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    images, files = data.pictures([tmp_path / "turned.png"])
+    red, green, blue = images[0]
+    assert (images.shape, images.dtype) == ((1, 3, 32, 32), torch.uint8)
+    assert files == [tmp_path / "turned.png"]
+    assert int(green[2:-2].max()) == 0 and int(red[2:-2].min()) == 200, "the ends are cut off"
+    assert int(blue[2:-2, :12].max()) == 0 and int(blue[2:-2, 20:].min()) > 240
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.pgm", "grey.tiff"])
+def test_a_picture_of_16_bits_is_not_clipped(tmp_path, name):
+    if name == "grey.pgm":
+        (tmp_path / name).write_bytes(b"P5 9 9 65535\n" + np.full(81, 25_700, ">u2").tobytes())
+    else:
+        Image.fromarray(np.full((9, 9), 25_700, np.uint16)).save(tmp_path / name)
+    assert data.pictures([tmp_path / name])[0].unique().tolist() == [100]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("missing.png", "cannot be read as a picture"), ("notes.txt", "cannot be read as a picture"),
+    ("cut.png", "cannot be read as a picture"), ("folder", "holds no picture"),
+])
+def test_what_is_no_picture_is_named(tmp_path, name, words):
+    Image.effect_noise((32, 32), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-500])
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path / name}: {words}"):
+        data.pictures([tmp_path / "whole.png", tmp_path / name])

@@ -1,0 +1,600 @@
+"""How both scripts train: the shared flags, the `Run`, the two loops, and a finished model's use.
+
+A `Run` has a `Position`, `Checkpoints`, and a `Clock`, which decides when to save and when to stop.
+What belongs to one recipe alone stands in its script.
+"""
+
+import argparse
+import dataclasses
+import errno
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from tqdm import tqdm
+
+import data
+import models
+import report
+import utils
+from report import Metrics
+from utils import Runtime, UserError, bounded
+
+log = logging.getLogger("cifar100")
+
+STARTED = time.monotonic()  # seconds; when torch was loaded, the start of --max-minutes
+CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
+SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
+WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
+TRAINED = ("model", "optimizer", "scheduler", "scaler")  # what a checkpoint holds of a Run
+CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
+RUN_FILES = ("config.json", "metrics.csv", *CHECKPOINTS, "model.pt")
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags that both scripts share; `docstring` is a title and, below it, examples."""
+
+    def __init__(self, docstring: str, output_dir: str):
+        title, _, examples = docstring.partition("\n\n")
+        super().__init__(description=title, epilog=examples, allow_abbrev=False,
+                         formatter_class=utils.HelpFormatter)
+        self.data_group = self.add_argument_group("data")
+        add = self.data_group.add_argument
+        add("--data-dir", default=os.environ.get("CIFAR100_DIR", "data"), metavar="PATH",
+            help="where CIFAR-100 is or goes, or its archive or HDF5 file; else $CIFAR100_DIR")
+        add("--data-url", metavar="URL", help="a mirror of the official archive")
+        add("--no-download", action="store_true", help="fail rather than download (offline nodes)")
+        self.recipe_names: list[str] = []
+        self._recipe_group = self.add_argument_group(
+            "recipe", "what the numbers depend on; a resumed run must keep all of it")
+        output = self.add_argument_group("output")
+        output.add_argument("--output-dir", type=Path, default=Path(output_dir), metavar="DIR",
+            help="where the files of the run go")
+        add = output.add_mutually_exclusive_group().add_argument
+        add("--resume", action="store_true",
+            help="go on from the checkpoint in --output-dir, if there is one")
+        add("--overwrite", action="store_true", help="replace the run that is in --output-dir")
+        add = output.add_mutually_exclusive_group().add_argument
+        add("--eval-only", action="store_true",
+            help="only test the model.pt in --output-dir; write test-report.md and its pictures")
+        add("--predict", nargs="+", type=Path, metavar="PICTURE",
+            help="only classify pictures, or folders of them, with the model.pt in --output-dir")
+        add("--compare", nargs="+", type=Path, metavar="RUN",
+            help="only compare these output directories: write comparison.md and comparison.png")
+        output.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add = self.add_argument_group("machine and job").add_argument
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+        add("--compile", action="store_true", help="torch.compile, for long runs on CUDA")
+        add("--checkpoint-minutes", type=bounded(float, 0), default=10, metavar="M",
+            help="save every M minutes within an epoch, and at its end")
+        add("--max-minutes", type=bounded(float, 0.001), metavar="M",
+            help="save and stop with exit status 75 before M minutes are over (batch jobs)")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError, for one line, instead of printing the usage and exiting."""
+        raise UserError(f"{message} (--help lists the flags)")
+
+    def add_recipe(self, flag: str, **keywords: object) -> None:
+        """Add a flag on which the numbers depend; the keywords are those of add_argument."""
+        self.recipe_names.append(self._recipe_group.add_argument(flag, **keywords).dest)
+
+    def add_shared_recipe(self) -> None:
+        """Add the flags of a recipe that mean the same in both scripts."""
+        add = self.add_recipe
+        add("--label-smoothing", type=bounded(float, 0, 1), default=0.1, metavar="P",
+            help="probability spread over all classes in the training loss (Szegedy et al. 2016)")
+        add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, metavar="N",
+            help="of initial weights, order, augmentation and dropout")
+        add("--max-steps", type=bounded(int, 1), metavar="N",
+            help="end after N optimizer steps, and anneal the learning rate over these")
+        add("--dataset", choices=("cifar100", "synthetic"), default="cifar100",
+            help="synthetic: made-up images of 100 classes, which need no file")
+        add("--val-size", type=bounded(int, 0), default=0, metavar="N",
+            help="hold out N training images, as many of each class, to choose settings by")
+        add("--precision", choices=("auto", *utils.PRECISIONS), default="auto",
+            help="auto: bf16 where the chip computes in it, else fp16 on CUDA, else fp32")
+
+    def read(self) -> argparse.Namespace:
+        """Parse the command line; raises UserError if it does not fit what --output-dir holds."""
+        args = self.parse_args()
+        if not args.compare:
+            check_output_dir(args)
+        # A finished model is used as it was trained, unless the command says otherwise.
+        if args.eval_only or args.predict:
+            try:
+                args = self.parse_args([*_flags_of_model(args), *sys.argv[1:]])
+            except UserError as error:
+                raise UserError(f"{args.output_dir / 'config.json'}: {error}") from error
+        args.recipe = self.recipe_names
+        return args
+
+
+def _flags_of_model(args: argparse.Namespace) -> list[str]:
+    """Return the flags by which the model in --output-dir was trained that matter for its use."""
+    try:
+        config = report.read_config(args.output_dir)
+    except UserError:
+        return []
+    if config["script"] != Path(sys.argv[0]).stem:
+        raise UserError(f"{args.output_dir}: a run of {config['script']}.py; use that script")
+    return [f"--{name.replace('_', '-')}={config['settings'][name]}"
+            for name in ("dataset", "image_size") if name in args and name in config["settings"]]
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """Raise UserError if --output-dir holds a run and nothing is said of it, or no run to go on."""
+    path = args.output_dir
+    with utils.guard(f"--output-dir {path}: cannot be read", OSError):
+        held = [name for name in RUN_FILES if (path / name).exists()]
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--output-dir {path}: is a file, not a directory")
+    if args.eval_only or args.predict:
+        if "model.pt" not in held:
+            raise UserError(f"{path}: holds no model.pt; a run writes it at its end")
+        return
+    # A finished run whose checkpoint is gone cannot be resumed, and is not replaced unasked.
+    lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
+    if held and (lost or not (args.resume or args.overwrite)):
+        goes_on = "goes on if there is a checkpoint.pt" if lost else "goes on with it"
+        raise UserError(f"{path}: already holds a run ({', '.join(held)}); --overwrite replaces "
+                        f"it, --resume {goes_on}, --output-dir names another place")
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a run has come. A checkpoint stores it."""
+
+    epoch: int = 0  # epochs that are finished
+    step: int = 0  # optimizer steps done in the current epoch
+    seconds: float = 0.0  # spent in the current epoch, evaluation included
+    train_seconds: float = 0.0  # of its training part; 0 until that is done
+    history: list[dict] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
+
+
+class Clock:
+    """Decides when a run saves and when it stops, by the time and by signals, for one process."""
+
+    def __init__(self, checkpoint_minutes: float, max_minutes: float | None):
+        self.checkpoint_minutes, self.max_minutes = checkpoint_minutes, max_minutes
+        self.stop_signal: int | None = None  # the number of the last signal to stop
+        self.step_seconds, self.save_seconds = 0.0, SHORTEST_SAVE  # the longest so far
+        self.progressed = False  # this process has done a step or an evaluation
+        self.lap_began = self.saved = time.monotonic()
+
+    def catch_signals(self) -> None:
+        """Have signals ask the run to stop, rather than end the process."""
+        for stop_signal in (signal.SIGINT, *utils.STOP_SIGNALS):
+            signal.signal(stop_signal, self._on_signal)
+
+    def _on_signal(self, signum: int, _frame: object) -> None:
+        if signum == signal.SIGINT and self.stop_signal == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C ends the process at once
+        self.stop_signal = signum
+
+    def lap(self) -> float:
+        """Return the seconds since the last call."""
+        began, self.lap_began = self.lap_began, time.monotonic()
+        return self.lap_began - began
+
+    def save_is_due(self) -> bool:
+        """Return whether the last save was --checkpoint-minutes ago."""
+        return time.monotonic() - self.saved > 60 * self.checkpoint_minutes
+
+    def out_of_time(self) -> bool:
+        """Return whether --max-minutes leaves no time for one more step and a slow save."""
+        # One step, or evaluation, is done at each start: a chain of jobs always comes to an end.
+        if not self.max_minutes or not self.progressed:
+            return False
+        left = 60 * self.max_minutes - (time.monotonic() - STARTED)
+        return left < self.step_seconds + 2 * self.save_seconds
+
+
+class Checkpoints:
+    """checkpoint.pt in an output directory, and the checkpoint before it."""
+
+    def __init__(self, directory: Path):
+        self.newest, self.previous = (directory / name for name in CHECKPOINTS)
+
+    def save(self, state: dict) -> None:
+        """Write a checkpoint; raises OSError if that fails, and leaves the newest old one."""
+        try:
+            utils.save_tensors(self.newest, state, self.previous)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full or not (self.newest.exists() and self.previous.exists()):
+                raise
+            self.previous.unlink()  # there is room for two
+            utils.save_tensors(self.newest, state, self.previous)
+
+    def restore(self, use: Callable[[Path, dict], None]) -> tuple[Path, dict] | None:
+        """Call `use(path, state)` with the newest whole checkpoint; return both, or None.
+
+        `use` raises DamagedFile for what is no checkpoint. Raises UserError if no file is whole.
+        """
+        damaged = []
+        for path in filter(Path.exists, (self.newest, self.previous)):
+            try:
+                state = utils.load_tensors(path)
+                use(path, state)
+            except utils.DamagedFile as error:
+                damaged.append(str(error))
+                continue
+            for line in damaged:
+                log.info(f"warning    {line}; the checkpoint before it is used")
+            if path == self.previous:
+                # Promote it, or the next save would keep the damaged file as the previous one.
+                os.replace(path, self.newest)
+            return path, state
+        if damaged:
+            raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
+        return None
+
+
+class Run:
+    """One training run and its files; `required` is the course's test accuracy, in %."""
+
+    def __init__(self, args: argparse.Namespace, runtime: Runtime, dataset: data.Dataset,
+                 required: float, steps_per_epoch: int):
+        self.args, self.runtime, self.output_dir = args, runtime, args.output_dir
+        self.checksum, self.steps_per_epoch = dataset.checksum, steps_per_epoch
+        self.total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+        self.epochs = math.ceil(self.total_steps / steps_per_epoch)
+        self.config = report.describe_run(args, runtime, dataset, required)
+        self.position = Position()
+        self.sums = torch.zeros(3, device=runtime.device)  # of the epoch: loss, correct, images
+        self.clock = Clock(args.checkpoint_minutes, args.max_minutes)
+        self.checkpoints = Checkpoints(args.output_dir)
+        self.unsaved = False  # the last save failed
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return self.position.epoch
+
+    @property
+    def step(self) -> int:
+        """How many steps of the current epoch are done."""
+        return self.position.step
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler,
+              sizes: list[int]) -> None:
+        """Begin, or with --resume go on; `sizes` are the sides of each epoch's images in pixels."""
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.scaler, self.sizes = self.runtime.scaler(), sizes
+        self.network = model  # what a training step calls
+        if self.runtime.ranks > 1:
+            self.network = nn.parallel.DistributedDataParallel(model)
+        self.clock.catch_signals()
+        with utils.guard(f"{self.output_dir}: cannot be written", OSError,
+                         "; name another place with --output-dir, or make room"):
+            state = None if self.runtime.rank else self._open()
+        state = self.runtime.broadcast(state)
+        if self.runtime.rank and state:
+            self._set_state(state)
+        self.clock.lap()
+        self.clock.saved = time.monotonic()
+
+    def _open(self) -> dict | None:
+        """Take possession of the output directory; return the state to go on from, if any."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.output_dir / ".lock").open("a")  # held until the process ends
+        if not utils.try_lock(self.lock):
+            raise UserError(f"{self.output_dir}: another process is at work on this run")
+        check_output_dir(self.args)  # again, for loading the data took a while
+        found = self.checkpoints.restore(self._use_checkpoint) if self.args.resume else None
+        if found:
+            path, state = found
+            history = self.position.history
+            last = f" (test acc {history[-1]['test_acc']:.2%})" if history else ""
+            log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
+            return state
+        # times.csv stood beside metrics.csv up to commit f716c99.
+        for name in (*RUN_FILES, "times.csv", *report.RUN_REPORTS, *report.TEST_REPORTS):
+            (self.output_dir / name).unlink(missing_ok=True)
+        report.write_text(self.output_dir / "config.json", json.dumps(self.config, indent=2) + "\n")
+        return None
+
+    def _use_checkpoint(self, path: Path, state: dict) -> None:
+        """Set the state that a checkpoint holds, if it is one of this recipe and these images."""
+        try:
+            script, before, now = state["script"], state["settings"], self.config["settings"]
+            if script != self.config["script"]:
+                raise UserError(f"{path}: written by {script}.py; name another --output-dir")
+            changed = [f"--{name.replace('_', '-')} {now[name]} (was {before.get(name)})"
+                       for name in self.args.recipe if now[name] != before.get(name)]
+            if changed:
+                raise UserError(f"{path}: cannot go on with other settings: {', '.join(changed)}; "
+                                "use the old ones, or --overwrite, or another --output-dir")
+            if state["data"] != self.checksum:
+                raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
+            self._set_state(state)
+            machine = f"{state['runtime']}, torch {state['torch']}"
+        except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # what is no checkpoint can raise anything
+            reason = f"not a whole checkpoint of this script ({utils.one_line(error)[:200]})"
+            raise utils.DamagedFile(f"{path}: {reason}") from error
+        if machine != f"{self.runtime}, torch {torch.__version__}":
+            log.info(f"note       {path} comes from {machine}: the end will not be the same bits")
+
+    def state_dict(self) -> dict:
+        """Return all that a continuation needs: tensors, numbers, strings, lists and dicts."""
+        cuda = self.runtime.device.type == "cuda"
+        of_rank = {"sums": self.sums.cpu(), "cpu_rng": torch.get_rng_state(),
+                   "cuda_rng": torch.cuda.get_rng_state(self.runtime.device) if cuda else None}
+        origin = {name: self.config[name] for name in ("script", "settings", "torch", "runtime")}
+        trained = {name: getattr(self, name).state_dict() for name in TRAINED}
+        return {**origin, "data": self.checksum, "position": dataclasses.asdict(self.position),
+                "ranks": self.runtime.gather(of_rank), **trained}
+
+    def _set_state(self, state: dict) -> None:
+        # Whether the optimizer is fused depends on this device, not on the old one.
+        fused = self.optimizer.param_groups[0]["fused"]
+        for name in TRAINED:
+            getattr(self, name).load_state_dict(state[name])
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused
+        self.position = Position(**state["position"])
+        if len(state["ranks"]) != self.runtime.ranks:
+            # With another number of ranks, rank 0 takes the sums of all, so that they count once.
+            total = sum(of_rank["sums"] for of_rank in state["ranks"])
+            self.sums.copy_(total if self.runtime.rank == 0 else torch.zeros(3))
+            torch.manual_seed(self.rank_seed())
+            return
+        of_rank = state["ranks"][self.runtime.rank]
+        self.sums.copy_(of_rank["sums"])
+        torch.set_rng_state(of_rank["cpu_rng"])
+        if of_rank["cuda_rng"] is not None and self.runtime.device.type == "cuda":
+            torch.cuda.set_rng_state(of_rank["cuda_rng"], self.runtime.device)
+
+    def rank_seed(self) -> int:
+        """Return the seed of torch's global generator for this epoch on this rank."""
+        return data.epoch_seed(self.args.seed, self.epoch) + self.runtime.rank
+
+    def watch(self, batches: Iterable, name: str, done: int = 0,
+              total: int | None = None) -> Iterator:
+        """Yield `batches`, numbers `done` to `total`, by default all, under a progress bar."""
+        total = len(batches) if total is None else total
+        with progress(batches, f"epoch {self.epoch + 1} {name}", self.runtime, done, total) as bar:
+            drawn = iter(bar)
+            for _ in range(done, total):
+                # Before the batch is drawn: if it is random, it is the same after a resume.
+                self._stop_or_save()
+                began = time.monotonic()
+                batch = next(drawn, None)
+                if batch is None:
+                    raise UserError(f"no {name} batch {total}: an augmentation must yield them all")
+                yield batch
+                if name == "train":
+                    self.clock.progressed = True
+                self.clock.step_seconds = max(self.clock.step_seconds, time.monotonic() - began)
+
+    def _stop_or_save(self) -> None:
+        """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
+        clock = self.clock
+        mine = torch.tensor([clock.stop_signal or 0, clock.out_of_time(), clock.save_is_due()])
+        signum, out_of_time, save_is_due = self.runtime.reduce(mine, "MAX").tolist()
+        if signum:
+            self._stop(signal.Signals(int(signum)).name)
+        elif out_of_time:
+            self._stop(f"--max-minutes {clock.max_minutes:g}")
+        elif save_is_due:
+            self._save_or_warn()
+
+    def _stop(self, reason: str) -> NoReturn:
+        where = f"{reason}: stopped in epoch {self.epoch + 1} after {self.step} steps"
+        newest, again = self.checkpoints.newest, "the same command with --resume goes on"
+        with utils.guard(f"{where}, but not saved", OSError, f"; make room, and {again} from what "
+                         f"{newest} holds, if it is there", utils.FAILED):
+            self.save()
+        raise UserError(f"{where}, saved in {newest}; {again}", utils.STOPPED)
+
+    def check_finite(self) -> None:
+        """Raise UserError if a loss of this epoch was NaN or infinite; all ranks must call it."""
+        self._require_finite(self.runtime.reduce(self.sums)[0].item())
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            step = self.epoch * self.steps_per_epoch + self.step
+            raise UserError(f"the loss was not finite by step {step}; start again with "
+                            "--overwrite and a lower --lr, or --precision fp32", utils.FAILED)
+
+    def training_is_done(self) -> None:
+        """Note how long the training part of this epoch took, unless an earlier start did."""
+        self.position.seconds += self.clock.lap()
+        self.position.train_seconds = self.position.train_seconds or self.position.seconds
+
+    def end_epoch(self, results: dict[str, Metrics]) -> None:
+        """Record the epoch, save, and print its line. `results` are by split, train first."""
+        position = self.position
+        position.seconds += self.clock.lap()
+        self._require_finite(sum(metrics.loss for metrics in results.values()))
+        position.epoch += 1
+        row = {"dataset": self.config["dataset"], "epoch": self.epoch, "epochs": self.epochs,
+               "image_size": self.sizes[self.epoch - 1],
+               "lr": self.optimizer.param_groups[0]["lr"], **report.metric_columns(results),
+               "images_per_second": results["train"].images / position.train_seconds,
+               "seconds": position.seconds, "eta_seconds": self._seconds_left()}
+        self.position = Position(self.epoch, history=[*position.history, row])
+        self.sums.zero_()
+        self.clock.progressed = True
+        # First saved, then printed, or a killed run would print it again.
+        self._save_or_warn()
+        log.info(report.epoch_line(row))
+
+    def _seconds_left(self) -> float:
+        """Estimate the time that the epochs to come take, from the one that has just ended."""
+        # The relative cost of each epoch: time was measured to grow as size^1.4 to size^1.7, and
+        # --max-steps may cut the last epoch short.
+        costs = [size**1.6 for size in self.sizes]
+        costs[-1] *= self.total_steps / self.steps_per_epoch - (self.epochs - 1)
+        training, both = self.position.train_seconds, self.position.seconds
+        return (training * sum(costs[self.epoch :]) / costs[self.epoch - 1]
+                + (both - training) * (self.epochs - self.epoch))
+
+    def save(self) -> None:
+        """Write checkpoint.pt and metrics.csv; raises OSError if there is no new checkpoint."""
+        began = time.monotonic()
+        self.position.seconds += self.clock.lap()
+        self.check_finite()
+        state = self.state_dict()
+        self.clock.saved, self.unsaved = began, True
+        if self.runtime.rank == 0:
+            self.checkpoints.save(state)
+            try:
+                report.write_metrics(self.output_dir, self.position.history)
+            except OSError as error:
+                log.info(f"warning    metrics.csv not written ({error}); the next save tries again")
+        self.unsaved = False
+        self.clock.saved = time.monotonic()
+        self.clock.save_seconds = max(self.clock.save_seconds, self.clock.saved - began)
+
+    def _save_or_warn(self) -> None:
+        try:
+            self.save()
+        except OSError as error:
+            log.info(f"warning    not saved ({error}); training goes on, the next save tries again")
+
+    def finish(self) -> None:
+        """Write model.pt and the report, and print the last lines."""
+        with utils.guard(f"{self.output_dir}: not all is written", OSError, "; make room, and the "
+                         "same command with --resume does what is left", utils.FAILED):
+            if self.runtime.broadcast(self.unsaved):
+                self.save()
+            if self.runtime.rank == 0:
+                # Write it again: a kill may have come between the checkpoint and metrics.csv.
+                report.write_metrics(self.output_dir, self.position.history)
+                weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
+                utils.save_tensors(self.output_dir / "model.pt", weights)
+                report.write_run_report(self.output_dir, self.position.history)
+        log.info(f"peak memory {utils.peak_memory(self.runtime.device):.2f} GB")
+        log.info(report.files_line(self.output_dir, (*RUN_FILES, *report.RUN_REPORTS)))
+        accuracy = self.position.history[-1]["test_acc"]
+        verdict = report.verdict(accuracy, self.config["required_accuracy"])
+        log.info(f"final test accuracy {accuracy:.2%} ({verdict})")
+
+
+def progress(batches: Iterable, text: str, runtime: Runtime, done: int = 0,
+             total: int | None = None) -> tqdm:
+    """Return `batches` under a progress bar, which only rank 0 shows, and only on a terminal."""
+    hidden = True if runtime.rank else None  # None: tqdm looks whether there is a terminal
+    return tqdm(batches, text, initial=done, total=total, leave=False, unit="batch", disable=hidden)
+
+
+def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[int]:
+    """Return each epoch's side of the images, in pixels: `low` in the first `fraction` of them."""
+    low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
+    return [low] * low_epochs + [full] * (epochs - low_epochs)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int) -> OneCycleLR:
+    """Return Smith & Topin's schedule: rates rise linearly to each group's `lr`, then fall to 0."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    # One step more keeps the last rate above 0. Below 6 steps OneCycleLR divides by zero.
+    return OneCycleLR(optimizer, peaks, max(total_steps, 5) + 1, pct_start=WARMUP,
+                      anneal_strategy="linear", cycle_momentum=False)
+
+
+def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metrics:
+    """Train on what is left of the current epoch; return the means over the whole of it.
+
+    `batches` yield float images (B, 3, H, W), int64 labels (B,) and a weight, from step `run.step`
+    on. The loss is cross entropy with label smoothing (Szegedy et al. 2016, arXiv:1512.00567,
+    section 7). Raises UserError if it stops being finite, or on a signal to stop.
+    """
+    run.model.train()
+    if run.step == 0:
+        torch.manual_seed(run.rank_seed())
+    end = min(run.steps_per_epoch, run.total_steps - run.epoch * run.steps_per_epoch)
+    for images, labels, weight in run.watch(batches, "train", run.step, end):
+        with run.runtime.autocast():
+            logits = run.network(images)  # (B, classes)
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        run.optimizer.zero_grad()
+        run.scaler.scale(loss * weight).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.scheduler.step()
+        # A rank without a share trains on a filler image of weight 0, which does not count.
+        if weight:
+            loss = loss.detach().float()
+            correct = (logits.argmax(1) == labels).sum()
+            count = torch.full_like(loss, len(labels))
+            run.sums += torch.stack([loss * len(labels), correct, count])
+        run.position.step += 1
+        if run.step % CHECK_EVERY == 0:
+            run.check_finite()
+    run.check_finite()
+    run.training_is_done()
+    if run.runtime.ranks > 1:
+        # Take rank 0's batch norm statistics: on CPUs each rank has its own.
+        for buffer in run.model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    loss_sum, correct, count = run.runtime.reduce(run.sums).tolist()
+    return Metrics(loss_sum / count, correct / count, math.nan, int(count))
+
+
+@torch.inference_mode()
+def infer(model: nn.Module, batches: Iterable, runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """Return all ranks' logits, float32 (N, classes), and labels, int64 (N,), in order, on the CPU.
+
+    `batches` yield float images (B, 3, H, W) and labels (B,). The model runs in evaluation mode.
+    """
+    model.eval()
+    logits, labels = [], []
+    for images, targets in batches:
+        with runtime.autocast():
+            logits.append(model(images).float())
+        labels.append(targets)
+    lengths = [len(targets) for targets in labels]
+
+    def in_order(values: list[Tensor]) -> Tensor:
+        # One transfer for all batches of a rank; then the ranks take their turn, batch by batch.
+        of_ranks = runtime.gather((torch.cat(values).cpu(), lengths))
+        turns = zip(*(part.split(lengths) for part, lengths in of_ranks), strict=True)
+        return torch.cat([batch for turn in turns for batch in turn])
+
+    return in_order(logits), in_order(labels)
+
+
+def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:
+    """Return cross entropy, top-1 and top-5 accuracy over the batches of all ranks."""
+    return report.score(*infer(model, batches, runtime))
+
+
+def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime, stats: data.Stats,
+              batch_size: int, size: int) -> None:
+    """Classify pictures with a run's model.pt, or report on it with the test set.
+
+    `model` is the network, with any weights; images are `size` x `size` pixels. Raises UserError.
+    """
+    runtime = runtime._replace(compile=False)  # which takes longer than one pass over the images
+    model = runtime.place(model)
+    models.load_weights(model, args.output_dir / "model.pt")
+    if args.predict:
+        images, files = data.pictures(args.predict)
+        split = data.Split(images, torch.zeros(len(images), dtype=torch.int64))  # labels not read
+    else:
+        dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
+        report.print_header(runtime, dataset, model)
+        split = dataset.test
+    batches = data.Batches(split, batch_size, stats, runtime, size)
+    logits, _ = infer(model, progress(batches, "test", runtime), runtime)
+    if runtime.rank:
+        return
+    if args.predict:
+        names = data.SYNTHETIC_NAMES if args.dataset == "synthetic" else data.CLASS_NAMES
+        report.print_predictions(logits, names, files)
+    else:
+        report.write_test_report(logits, dataset, args.output_dir)

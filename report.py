@@ -1,0 +1,537 @@
+"""What people look at: the log's lines, scores, predictions, reports and their pictures.
+
+All is made of logits, labels and rows of numbers. Pictures need matplotlib, which is optional.
+"""
+
+import csv
+import io
+import itertools
+import json
+import logging
+import math
+import platform
+import shlex
+import statistics
+import sys
+import textwrap
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import SUPERCLASS_OF, Dataset, Split
+from utils import Runtime, UserError, guard, one_line, process_rank, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+log = logging.getLogger("cifar100")
+
+RUN_REPORTS = ("report.md", "curves.png")
+TEST_REPORTS = ("test-report.md", "confusion.csv", "confusion.png", "mistakes.png")
+COMPARISON = ("comparison.md", "comparison.png")
+TIMES = ("images_per_second", "seconds", "eta_seconds")  # columns that differ between equal runs
+# Of curves: colours of Okabe & Ito (2008), which the colour-blind can tell apart, and markers; one
+# marker more than colours, so that 30 groups look different.
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), "osD^Xv"
+DASHES = {"train": ("--", "training"), "val": (":", "validation"), "test": ("-", "test")}
+CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
+
+
+class Metrics(NamedTuple):
+    """Means over `images` images; accuracies are fractions of 1, and top5 is NaN in training."""
+
+    loss: float  # nats
+    accuracy: float
+    top5: float
+    images: int
+
+
+def score(logits: Tensor, labels: Tensor) -> Metrics:
+    """Return what logits (N, C) are worth for labels int64 (N,), computed in float64."""
+    hits = logits.topk(5).indices == labels[:, None]  # (N, 5)
+    loss = F.cross_entropy(logits.double(), labels).item()
+    return Metrics(loss, hits[:, 0].double().mean().item(),
+                   hits.any(1).double().mean().item(), len(labels))
+
+
+def metric_columns(results: dict[str, Metrics]) -> dict[str, float]:
+    """Return the columns of metrics.csv for the results of each split."""
+    columns = {}
+    for split, metrics in results.items():
+        columns |= {f"{split}_loss": metrics.loss, f"{split}_acc": metrics.accuracy}
+        if split != "train":
+            columns[f"{split}_top5"] = metrics.top5
+    return columns
+
+
+def epoch_line(row: dict) -> str:
+    """Format one row of metrics.csv as the line for the log."""
+    width = max(2, len(str(row["epochs"])))
+    fields = [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"lr {row['lr']:.4f}"]
+    if row["dataset"] != "cifar100":
+        fields.insert(0, f"[{row['dataset']}]")
+    for split in ("train", "val", "test"):
+        if f"{split}_loss" in row:
+            field = f"{split} loss {row[f'{split}_loss']:.3f} acc {row[f'{split}_acc']:6.2%}"
+            if split != "train":
+                field += f" top5 {row[f'{split}_top5']:6.2%}"
+            fields.append(field)
+    fields += [f"{row['images_per_second']:.0f} img/s", f"{row['seconds']:.1f} s"]
+    return "  ".join([*fields, f"eta {duration(row['eta_seconds'])}"])
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as 41s, 4m41s or 1h04m."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def verdict(accuracy: float, required: float | None) -> str:
+    """Say whether a test accuracy, a fraction of 1, is what the course requires, in %."""
+    if required is None:
+        return "on synthetic images, so the course's required accuracy does not apply"
+    is_met = "met" if 100 * accuracy >= required else "not met"
+    return f"the course's required accuracy of {required:.0f}% is {is_met}"
+
+
+def print_header(runtime: Runtime, dataset: Dataset, model: nn.Module) -> None:
+    """Print command, device, data set and model."""
+    parameters = sum(p.numel() for p in model.parameters())
+    held = f", {len(dataset.val.labels):,} validation" if dataset.val else ""
+    log.info(f"command    {shlex.join(['python', *sys.argv])}")
+    log.info(f"device     {runtime}, torch {torch.__version__}")
+    log.info(f"data       {dataset.name}: {len(dataset.train.labels):,} training{held} and "
+             f"{len(dataset.test.labels):,} test images, {dataset.source}")
+    log.info(f"model      {type(model).__name__}, {parameters:,} parameters")
+
+
+def files_line(directory: Path, names: Iterable[str]) -> str:
+    """Return the log line that says which of these files there are."""
+    there = [name for name in names if (directory / name).exists()]
+    return f"files      {', '.join(there)} in {directory}"
+
+
+def print_predictions(logits: Tensor, class_names: Sequence[str], files: list[Path]) -> None:
+    """Print each file's five likeliest classes by logits (N, classes); as CSV but on a terminal."""
+    rows = []
+    for file, shares in zip(files, logits.softmax(1), strict=True):
+        for rank, (share, label) in enumerate(zip(*shares.topk(5), strict=True), 1):
+            rows.append((str(file), rank, class_names[label], share.item()))
+    if sys.stdout and sys.stdout.isatty():
+        width = max(len(name) for name, *_ in rows)
+        text = "".join(f"{name if rank == 1 else '':{width}}  {label:13} {share:6.1%}\n"
+                       for name, rank, label, share in rows)
+    else:
+        text = csv_table(("file", "rank", "class", "probability"),
+                         [(*row, f"{share:.4f}") for *row, share in rows])
+    print(text, end="", flush=True)
+
+
+def csv_table(header: Iterable[str], rows: Iterable[Iterable]) -> str:
+    """Return a table as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Iterable]) -> str:
+    """Return a table in Markdown, with an empty line after it."""
+    lines = [header, ["---"] * len(header)]
+    lines += [[one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all; raises OSError."""
+    write_atomically(path, text.encode(errors="replace"))  # paths in it can hold any bytes
+
+
+def write_picture(path: Path, caption: str, draw: Callable, *content: object) -> str:
+    """Write what `draw(figure, *content)` makes of a matplotlib figure; return its Markdown.
+
+    Where that fails, as without matplotlib, a line says so instead. Raises OSError.
+    """
+    png = io.BytesIO()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it tells of its font cache
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from matplotlib.figure import Figure
+
+            figure = Figure(layout="constrained")
+            draw(figure, *content)
+            figure.savefig(png, format="png", dpi=150)
+    except Exception as error:  # no picture is worth a run
+        remedy = ": pip install 'matplotlib>=3.7'" if isinstance(error, ImportError) else ""
+        log.info(f"note       {path.name} is not drawn ({error}){remedy}")
+        path.unlink(missing_ok=True)
+        return ""
+    write_atomically(path, png.getvalue())
+    return f"{caption}\n\n![{path.stem}]({path.name})\n\n"
+
+
+class RunRecord(NamedTuple):
+    """One run: where it is, what config.json says, and the rows of metrics.csv, as numbers."""
+
+    directory: Path
+    config: dict
+    history: list[dict]
+
+
+def describe_run(args: Namespace, runtime: Runtime, dataset: Dataset, required: float) -> dict:
+    """Return what config.json says of a run; `required` is the course's test accuracy, in %."""
+    settings = {name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(args).items() if name != "recipe"}
+    settings["precision"] = runtime.precision
+    return {"script": Path(sys.argv[0]).stem, "dataset": dataset.name,
+            "required_accuracy": required if dataset.name == "cifar100" else None,
+            "command": shlex.join(sys.argv), "runtime": str(runtime),
+            "torch": str(torch.__version__), "python": platform.python_version(),
+            "system": platform.platform(), "recipe": args.recipe, "settings": settings}
+
+
+def read_config(directory: Path) -> dict:
+    """Return what config.json says of a run; raises UserError if it is missing or not whole."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        config["script"], config["settings"] = str(config["script"]), dict(config["settings"])
+        # Up to commit f716c99 this was called the bar.
+        config.setdefault("required_accuracy", config.get("bar"))
+        return config
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: cannot be used ({type(error).__name__}: {error})") from error
+
+
+def write_metrics(directory: Path, history: list[dict]) -> None:
+    """Write metrics.csv, a row an epoch, the floats to six digits; raises OSError."""
+    if history:
+        # A run that began before a column was introduced goes on without it.
+        rows = [[f"{row[name]:.6g}" if isinstance(row[name], float) else row[name]
+                 for name in history[0]] for row in history]
+        write_text(directory / "metrics.csv", csv_table(history[0], rows))
+
+
+def read_run(directory: Path) -> RunRecord:
+    """Read a run's files; raises UserError if there is no finished epoch."""
+    try:
+        with open(directory / "metrics.csv", newline="") as file:
+            history = [{name: float(value) for name, value in row.items() if name != "dataset"}
+                       for row in csv.DictReader(file)]
+        record = RunRecord(directory, read_config(directory), history)
+        # Fail here, before anything is written, if something is missing.
+        _summary(record)
+        group_runs([record])
+        return record
+    except Exception as error:  # what is no run can raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{directory}: holds no run with a finished epoch ({reason})") from error
+
+
+SUMMARY = ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
+           "test loss", "verdict", "time", "training images/s")
+ENVIRONMENT = ("command", "runtime", "torch", "python", "system")
+NUMBERS_NOTE = "Numbers are those of the last epoch, not of the best.\n\n"
+
+
+def _summary(record: RunRecord) -> tuple:
+    """Return a run's row below SUMMARY; the numbers are those of the last epoch."""
+    last = record.history[-1]
+    # Up to commit f716c99 metrics.csv had no times.
+    seconds = [row["seconds"] for row in record.history if "seconds" in row]
+    rates = [row["images_per_second"] for row in record.history if "images_per_second" in row]
+    return (record.directory, record.config["settings"]["seed"],
+            f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['train_acc']:.2%}",
+            f"{last['val_acc']:.2%}" if "val_acc" in last else "-",
+            f"{last['test_acc']:.2%}", f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
+            verdict(last["test_acc"], record.config["required_accuracy"]),
+            duration(sum(seconds)) if seconds else "-",
+            f"{statistics.harmonic_mean(rates):.0f}" if rates else "-")
+
+
+def write_run_report(directory: Path, history: list[dict]) -> None:
+    """Write report.md and curves.png into a run's directory; raises OSError."""
+    try:
+        record = RunRecord(directory, read_config(directory), history)
+        summary, groups = _summary(record), group_runs([record])
+    except Exception as error:  # a config.json that is not ours can raise anything
+        log.info(f"warning    no report: {error}")
+        return
+    text = NUMBERS_NOTE + markdown_table(SUMMARY, [summary])
+    report, picture = (directory / name for name in RUN_REPORTS)
+    text += write_picture(picture, "", draw_curves, groups)
+    environment = [(name, record.config[name]) for name in ENVIRONMENT if name in record.config]
+    text += markdown_table(("environment", ""), environment)
+    text += markdown_table(("setting", ""), record.config["settings"].items())
+    write_text(report, text)
+
+
+def compare(directories: list[Path], into: Path) -> None:
+    """Write COMPARISON on these runs, and print the means over seeds; raises UserError."""
+    if process_rank():
+        return
+    records = [read_run(directory) for directory in dict.fromkeys(directories)]
+    groups = group_runs(records)
+    rows = []
+    for label, group in groups.items():
+        last = [record.history[-1] for record in group]
+        accuracies = [row["test_acc"] for row in last if row["epoch"] == row["epochs"]]
+        mean = f"{statistics.mean(accuracies):.2%}" if accuracies else "-"
+        deviation = f"{statistics.stdev(accuracies):.2%}" if len(accuracies) > 1 else "-"
+        rows.append((label, len(accuracies), mean, deviation))
+    report, picture = (into / name for name in COMPARISON)
+    with guard(f"--output-dir {into}: cannot be written", OSError):
+        into.mkdir(parents=True, exist_ok=True)
+        text = NUMBERS_NOTE + markdown_table(SUMMARY, map(_summary, records))
+        text += write_picture(picture, "", draw_curves, groups)
+        header = ("runs", "finished", "mean test accuracy", "standard deviation")
+        write_text(report, text + markdown_table(header, rows))
+    for label, count, mean, deviation in rows:
+        log.info(f"{label}: finished runs {count}, mean test accuracy {mean}, standard deviation "
+                 f"{deviation}")
+    log.info(files_line(into, COMPARISON))
+
+
+# The settings of a recipe in a config.json of up to commit f716c99, which does not name them.
+OLD_RECIPE = ("dataset", "val_size", "epochs", "max_steps", "batch_size", "lr", "weight_decay",
+              "label_smoothing", "seed", "precision", "low_res", "image_size")
+# How a legend says a setting; others are said by the name of their flag.
+IN_WORDS = {
+    "epochs": "{} epochs", "max_steps": "{} steps", "batch_size": "batch size {}",
+    "lr": "learning rate {}", "val_size": "{} images held out", "image_size": "{} pixels",
+    "low_res": "{} of the epochs at low resolution", "precision": "{}", "dataset": "{} images"}
+
+
+def group_runs(records: list[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Group the runs that differ only in the seed; keys name the script and what differs."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        others = [other for other in records if other.config["script"] == record.config["script"]]
+        label = [record.config["script"]]
+        # --weights is no flag of the recipe, for a resumed run may omit it. But runs from other
+        # weights must not be averaged.
+        for name in (*record.config.get("recipe", OLD_RECIPE), "weights"):
+            value = record.config["settings"].get(name)
+            differs = any(other.config["settings"].get(name) != value for other in others)
+            if differs and name != "seed" and value is not None:
+                label.append(IN_WORDS.get(name, f"{name.replace('_', ' ')} {{}}").format(value))
+        groups.setdefault(", ".join(label), []).append(record)
+    return groups
+
+
+def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
+    """Draw the groups' mean loss, accuracy and learning rate by epoch, one row a script."""
+    rows: dict[str, dict[str, list[RunRecord]]] = {}
+    for label, records in groups.items():
+        script = records[0].config["script"]
+        name = label.removeprefix(script).removeprefix(", ") or "this recipe"
+        if len(records) > 1:
+            name += f" ({len(records)} runs)"
+        rows.setdefault(script, {})[name] = records
+    legends = []
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    for (loss, accuracy, rate), (script, named) in zip(grid, rows.items(), strict=True):
+        loss.set_title(f"{script}.py", loc="left")
+        loss.set(ylabel="cross entropy, nats (training: smoothed)")
+        accuracy.set(ylabel="accuracy, %", ylim=(0, 100))
+        rate.set(ylabel="learning rate at the end of the epoch")
+        longest = max(len(record.history) for records in named.values() for record in records)
+        for panel in (loss, accuracy, rate):
+            panel.set(xlabel="epoch", xlim=(0.5, max(longest, 2) + 0.5))
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.grid(alpha=0.3)
+        handles = _draw_groups(loss, accuracy, rate, named)
+        rate.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
+        legends.append("\n".join(handle.get_label() for handle in handles).splitlines())
+    # Inches: 11.5 for the panels, and what a legend needs beside them, by its lines and letters.
+    letters = max(len(line) for legend in legends for line in legend)
+    lines = max(map(len, legends))
+    figure.set_size_inches(11.5 + 0.09 * letters, len(rows) * max(4, 0.5 + 0.22 * lines))
+
+
+def _draw_groups(loss: "Axes", accuracy: "Axes", rate: "Axes",
+                 groups: dict[str, list[RunRecord]]) -> list["Artist"]:
+    """Draw the groups of one script into its panels; return what the legend explains."""
+    handles, dashes, shades = [], {}, {}
+    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    for (name, records), (colour, marker) in zip(groups.items(), looks, strict=False):
+        look = {"color": colour, "marker": marker, "markersize": 4}
+        handles += loss.plot([], [], label=textwrap.fill(name, 45), **look)
+        for split, (dash, word) in DASHES.items():
+            if f"{split}_loss" in records[0].history[0]:
+                dashes[word] = dash
+                _draw_mean(loss, records, f"{split}_loss", 1, linestyle=dash, **look)
+                _draw_mean(accuracy, records, f"{split}_acc", 100, linestyle=dash, **look)
+        _draw_mean(rate, records, "lr", 1, **look)
+        full = records[0].config["settings"].get("image_size", 32)
+        sizes = [row.get("image_size", full) for row in records[0].history]
+        small = [size for size in sizes if size < full]
+        if small:
+            shades.setdefault(len(small), set()).add(f"{small[0]:.0f}")
+    # Most groups have the same epochs on small images: one shade for all of them.
+    named = {}
+    for epochs, sides in shades.items():
+        label = f"trained on images of {' and '.join(sorted(sides))} pixels"
+        for panel in (loss, accuracy, rate):
+            named[label] = panel.axvspan(0.5, epochs + 0.5, color="0.5", alpha=0.12, linewidth=0,
+                                         label=label)
+    handles += named.values()
+    for word, dash in dashes.items():
+        handles += loss.plot([], [], color="0.3", linestyle=dash, label=word)
+    required = {record.config["required_accuracy"] for record in itertools.chain(*groups.values())}
+    for value in sorted(required - {None}):
+        handles.append(accuracy.axhline(value, color="0.3", linestyle="-.",
+                                        label=f"required: {value:.0f}%"))
+    return handles
+
+
+def _draw_mean(panel: "Axes", records: list[RunRecord], column: str, scale: float,
+               **look: object) -> None:
+    """Draw the mean of a column over the runs, times `scale`, in a band of its range."""
+    epochs = min(len(record.history) for record in records)  # some may not be finished
+    curves = np.array([[scale * row[column] for row in record.history[:epochs]]
+                       for record in records])  # (runs, epochs)
+    x = np.arange(1, epochs + 1)
+    panel.plot(x, curves.mean(0), markevery=math.ceil(epochs / 10), **look)
+    if len(records) > 1:
+        panel.fill_between(x, curves.min(0), curves.max(0), color=look["color"], alpha=0.25)
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """Return int64 (C, C): how many images of class [row] were taken for class [column]."""
+    classes = logits.shape[1]
+    pairs = torch.bincount(labels * classes + predict(logits), minlength=classes**2)
+    return pairs.view(classes, classes).numpy()
+
+
+def predict(logits: Tensor) -> Tensor:
+    """Return the likeliest class of each image, int64 (N,), from logits (N, C)."""
+    # topk, not argmax, breaks ties as `score` does: logits computed in bf16 hold some.
+    return logits.topk(5).indices[:, 0]
+
+
+def calibration(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
+    """Return 15 bins by confidence, (15, 3), and the error (Guo et al. 2017, arXiv:1706.04599).
+
+    A bin is its number of images, their mean confidence, and their accuracy; NaN if it is empty.
+    """
+    confidence = logits.softmax(1).amax(1)
+    bin_of = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    values = torch.ones_like(labels), confidence, predict(logits) == labels
+    counts, confidences, rights = (torch.bincount(bin_of, weights.double(), CALIBRATION_BINS)
+                                   for weights in values)
+    error = (rights - confidences).abs().sum() / len(labels)
+    return torch.stack([counts, confidences / counts, rights / counts], 1).numpy(), error.item()
+
+
+def surest_mistakes(logits: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
+    """Return up to 30 of (image, class that it was taken for, confidence), the surest first."""
+    confidence, taken = logits.softmax(1).amax(1), predict(logits)
+    wrong = (taken != labels).nonzero()[:, 0]
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:30]
+    return [(image, int(taken[image]), float(confidence[image])) for image in wrong.tolist()]
+
+
+def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
+    """Print what test logits (N, classes) are worth, and write TEST_REPORTS; raises UserError."""
+    names, labels = dataset.class_names, dataset.test.labels
+    metrics, confusion = score(logits, labels), confusion_matrix(logits, labels)
+    log.info(f"test loss {metrics.loss:.3f} acc {metrics.accuracy:6.2%} top5 {metrics.top5:6.2%}  "
+             f"({metrics.images:,} {dataset.name} images)")
+    superclasses: dict[str, list[int]] = {}  # their labels
+    for label, name in enumerate(names):
+        superclasses.setdefault(SUPERCLASS_OF.get(name, "other"), []).append(label)
+    rows = [(name, *row) for name, row in zip(names, confusion.tolist(), strict=True)]
+    with guard(f"{into}: the report cannot be written", OSError):
+        write_text(into / "confusion.csv", csv_table(("class", *names), rows))
+        text = _score_tables(metrics, confusion, dataset, superclasses)
+        text += _calibration_table(*calibration(logits, labels))
+        text += write_picture(into / "confusion.png", "## Confusion (numbers: confusion.csv)",
+                              draw_confusion, confusion, superclasses)
+        text += write_picture(into / "mistakes.png", "## The surest mistakes", draw_mistakes,
+                              surest_mistakes(logits, labels), dataset.test, names)
+        write_text(into / "test-report.md", text)
+    log.info(files_line(into, TEST_REPORTS))
+
+
+def draw_confusion(figure: "Figure", confusion: np.ndarray,
+                   superclasses: dict[str, list[int]]) -> None:
+    """Draw a confusion matrix (C, C), the classes of a superclass side by side."""
+    figure.set_size_inches(9, 8)
+    order = [label for members in superclasses.values() for label in members]
+    shares = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    panel = figure.subplots()
+    image = panel.imshow(shares[np.ix_(order, order)], "Greys", vmin=0, vmax=25)
+    figure.colorbar(image, label="% of the class's images", shrink=0.8, extend="max")
+    edges = np.cumsum([0, *map(len, superclasses.values())])
+    middles = (edges[1:] + edges[:-1] - 1) / 2
+    panel.set(xlabel="taken for", ylabel="class")
+    panel.set_xticks(middles, superclasses, rotation=90)
+    panel.set_yticks(middles, superclasses)
+    for edge in edges[1:-1] - 0.5:
+        panel.axhline(edge, color=COLOURS[0], linewidth=0.3)
+        panel.axvline(edge, color=COLOURS[0], linewidth=0.3)
+
+
+def draw_mistakes(figure: "Figure", mistakes: list[tuple[int, int, float]], split: Split,
+                  class_names: Sequence[str]) -> None:
+    """Draw what `surest_mistakes` returns, with both names."""
+    figure.set_size_inches(12, 12)
+    for panel in figure.subplots(5, 6).flat:
+        panel.axis("off")
+    for panel, (image, taken, confidence) in zip(figure.axes, mistakes, strict=False):
+        panel.imshow(split.images[image].permute(1, 2, 0).numpy())
+        panel.set_title(f"{class_names[split.labels[image]]}\ntaken for {class_names[taken]},\n"
+                        f"{confidence:.0%} sure", fontsize="small")
+
+
+def _share(count: float, whole: float) -> str:
+    return f"{count / whole:.1%}" if whole else "-"
+
+
+def _score_tables(metrics: Metrics, confusion: np.ndarray, dataset: Dataset,
+                  superclasses: dict[str, list[int]]) -> str:
+    """Return the tables of the whole set, the superclasses, the classes and the confused pairs."""
+    totals, right, names = confusion.sum(1), np.diag(confusion), dataset.class_names
+    text = f"# The test set of {dataset.name}\n\n" + markdown_table(
+        ("top-1 accuracy", "top-5 accuracy", "cross entropy", "images"),
+        [(f"{metrics.accuracy:.2%}", f"{metrics.top5:.2%}", f"{metrics.loss:.3f} nats",
+          f"{metrics.images:,}")])
+    text += "## Superclasses\n\n" + markdown_table(
+        ("superclass", "right class", "right superclass"),
+        [(name, _share(right[members].sum(), totals[members].sum()),
+          _share(confusion[np.ix_(members, members)].sum(), totals[members].sum()))
+         for name, members in superclasses.items()])
+    mistaken = confusion - np.diag(right)
+    classes = []
+    for label in (right / np.maximum(totals, 1)).argsort(kind="stable"):
+        row = mistaken[label]
+        taken = f"{names[row.argmax()]} ({row.max()})" if row.any() else "-"
+        classes.append((names[label], _share(right[label], totals[label]), taken))
+    text += "## Classes, the worst first\n\n" + markdown_table(
+        ("class", "accuracy", "most often taken for"), classes)
+    both = np.triu(mistaken + mistaken.T)
+    worst = [divmod(index, len(names)) for index in (-both).argsort(axis=None, kind="stable")[:20]]
+    return text + "## The most confused pairs\n\n" + markdown_table(
+        ("one", "other", "one taken for the other", "other for the one"),
+        [(names[a], names[b], mistaken[a, b], mistaken[b, a]) for a, b in worst if both[a, b]])
+
+
+def _calibration_table(bins: np.ndarray, error: float) -> str:
+    rows = [(f"{i / CALIBRATION_BINS:.3f} to {(i + 1) / CALIBRATION_BINS:.3f}", f"{images:.0f}",
+             f"{confidence:.1%}", f"{accuracy:.1%}")
+            for i, (images, confidence, accuracy) in enumerate(bins) if images]
+    return (f"## Calibration\n\nThe expected calibration error is {error:.4f} (Guo et al. 2017): "
+            "the mean distance of confidence and accuracy in these bins, weighted by their images."
+            "\n\n") + markdown_table(("confidence", "images", "mean confidence", "accuracy"), rows)

@@ -1,0 +1,358 @@
+"""What people look at: lines of the log, scores, the report on a run, comparisons, curves."""
+
+import csv
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import shows_something, tables
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+import finetune_resnet18
+import report
+import train_resnet
+import utils
+
+COLUMNS = ("lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_top5", "test_loss",
+           "test_acc", "test_top5")
+RECIPE = ["epochs", "lr", "weight_decay", "dropout", "seed"]
+
+
+def made_up_run(directory, script="train_resnet", required=60.0, seed=0, epochs=3, sizes=None,
+                **settings):
+    """Write the files of a run with random numbers; return them by column."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir()
+    settings |= {"seed": seed, "epochs": epochs, "output_dir": str(directory)}
+    config = {"script": script, "required_accuracy": required, "command": "a command",
+              "runtime": "a device", "torch": "2.14.1", "recipe": RECIPE, "settings": settings}
+    (directory / "config.json").write_text(json.dumps(config))
+    numbers = rng.uniform(size=(epochs, len(COLUMNS))).round(4)
+    with open(directory / "metrics.csv", "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["dataset", "epoch", "epochs", "image_size", *COLUMNS, *report.TIMES])
+        for epoch, row in enumerate(numbers, 1):
+            size = sizes[epoch - 1] if sizes else 32
+            writer.writerow(["cifar100", epoch, epochs, size, *row, 100 * epoch, 60, 0])
+    return dict(zip(COLUMNS, numbers.T, strict=True))
+
+
+def make_old(directory) -> None:
+    """Make of a run's files those that the code wrote until 2026-11."""
+    config = json.loads((directory / "config.json").read_text())
+    config["bar"] = config.pop("required_accuracy")
+    del config["recipe"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with open(directory / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    new = (*report.TIMES, "image_size")
+    old = [name for name in rows[0] if name not in new]
+    for name, columns in (("metrics.csv", old), ("times.csv", ["epoch", *report.TIMES])):
+        with open(directory / name, "w") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def curves(panel) -> list:
+    """Return a panel's lines over the epochs, without what only the legend needs."""
+    return [line for line in panel.lines
+            if len(line.get_xdata()) and not line.get_label().startswith("required")]
+
+
+def title(panel) -> str:
+    """Return the title of a panel, wherever it stands."""
+    return "".join(panel.get_title(place) for place in ("left", "center", "right"))
+
+
+def required(panel) -> list[float]:
+    """Return the heights of a panel's lines of the required accuracy."""
+    return [line.get_ydata()[0] for line in panel.lines if line.get_label().startswith("required")]
+
+
+def legends(figure) -> list[list[str]]:
+    """Return what the legends of a figure say; long lines may be broken there."""
+    boxes = [panel.get_legend() for panel in figure.axes if panel.get_legend()]
+    return [[" ".join(text.get_text().split()) for text in box.get_texts()] for box in boxes]
+
+
+def test_scores_equal_numpys():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 3, (500, 100)).astype(np.float32), rng.integers(0, 100, 500)
+    exp = np.exp(logits.astype(np.float64))
+    order = np.argsort(-logits, 1)
+    metrics = report.score(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert metrics.loss == pytest.approx(
+        -np.log(exp[np.arange(500), labels] / exp.sum(1)).mean(), rel=1e-12)
+    assert metrics.accuracy == (order[:, 0] == labels).mean()
+    assert metrics.top5 == (order[:, :5] == labels[:, None]).any(1).mean()
+    assert metrics.images == 500
+
+
+def test_an_epochs_line_is_the_one_of_the_readme():
+    row = {"dataset": "cifar100", "epoch": 4, "epochs": 5, "lr": 0.025,
+           **report.metric_columns({"train": report.Metrics(2.184, 0.5668, np.nan, 50_000),
+                                    "test": report.Metrics(1.541, 0.5867, 0.859, 10_000)}),
+           "images_per_second": 501.2, "seconds": 104.6, "eta_seconds": 105}
+    assert report.epoch_line(row) == (
+        "epoch  4/5  lr 0.0250  train loss 2.184 acc 56.68%  test loss 1.541 acc 58.67% "
+        "top5 85.90%  501 img/s  104.6 s  eta 1m45s")
+    row |= {"dataset": "synthetic", "val_loss": 3.0, "val_acc": 0.04, "val_top5": 0.1}
+    assert report.epoch_line(row).startswith("[synthetic]  epoch  4/5 ")
+    assert "56.68%  val loss 3.000 acc  4.00% top5 10.00%  test loss" in report.epoch_line(row)
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0.4, "0s"), (41, "41s"), (281, "4m41s"), (3599.7, "1h00m"), (3840, "1h04m"),
+])
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+@pytest.mark.parametrize("accuracy, words", [(0.6, "60% is met"), (0.5999, "60% is not met")])
+def test_the_required_accuracy_is_met_or_not(accuracy, words):
+    assert report.verdict(accuracy, 60.0) == f"the course's required accuracy of {words}"
+    assert report.verdict(accuracy, None).endswith("required accuracy does not apply")
+
+
+def test_the_required_accuracies_are_those_of_the_course():
+    assert (train_resnet.REQUIRED, finetune_resnet18.REQUIRED) == (60, 70)
+
+
+def test_the_reported_epoch_is_the_last_not_the_best(tmp_path, drawn):
+    numbers = made_up_run(tmp_path / "run", seed=4)
+    accuracies = numbers["test_acc"]
+    assert accuracies[-1] < 0.6 < max(accuracies)
+    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    last = {name: f"{values[-1]:.2%}" for name, values in numbers.items()}
+    (row,), *_ = tables((tmp_path / "run" / "report.md").read_text())
+    assert row == [str(tmp_path / "run"), "4", "3 of 3", last["train_acc"], last["val_acc"],
+                   last["test_acc"], last["test_top5"], f"{numbers['test_loss'][-1]:.3f}",
+                   "the course's required accuracy of 60% is not met", "3m00s",
+                   "164"], "180 s, and the images of three epochs in the time of all"
+
+
+def test_a_run_whose_config_is_gone_has_no_report_but_a_line(tmp_path, caplog):
+    made_up_run(tmp_path / "run")
+    history = report.read_run(tmp_path / "run").history
+    (tmp_path / "run" / "config.json").write_text("{")
+    with caplog.at_level("INFO", "cifar100"):
+        report.write_run_report(tmp_path / "run", history)
+    assert re.match(r"warning +no report: .*config\.json: cannot be used", *caplog.messages)
+    assert not (tmp_path / "run" / "report.md").exists()
+
+
+def test_curves_show_the_numbers_of_a_run_in_three_panels(tmp_path, drawn):
+    numbers = made_up_run(tmp_path / "run")
+    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    loss, accuracy, rate = drawn[0].axes
+    for panel, names in ((loss, ["train_loss", "val_loss", "test_loss"]),
+                         (accuracy, ["train_acc", "val_acc", "test_acc"]), (rate, ["lr"])):
+        assert panel.get_xlabel() == "epoch"
+        scale = 100 if panel is accuracy else 1
+        for line, name in zip(curves(panel), names, strict=True):
+            np.testing.assert_allclose(line.get_ydata(), scale * numbers[name])
+            assert list(line.get_xdata()) == [1, 2, 3]
+    assert [required(panel) for panel in (loss, accuracy, rate)] == [[], [60], []]
+    assert "nats" in loss.get_ylabel() and "%" in accuracy.get_ylabel()
+    assert "learning rate" in rate.get_ylabel() and title(loss) == "train_resnet.py"
+    dashes = {line.get_linestyle() for line in accuracy.lines if len(line.get_xdata())}
+    assert len(dashes) == 4, "to tell them apart without colours"
+    (legend,) = legends(drawn[0])
+    assert {"training", "validation", "test", "required: 60%"} < set(legend)
+
+
+def test_each_script_has_a_row_of_panels_and_a_legend_of_its_own(tmp_path, drawn):
+    """So that both rates can be read. Settings that one script has make no difference."""
+    one = made_up_run(tmp_path / "one")
+    two = made_up_run(tmp_path / "two", "finetune_resnet18", 70.0, seed=1, sizes=[224] * 3,
+                      image_size=224)
+    report.compare([tmp_path / "one", tmp_path / "two"], tmp_path)
+    rows = np.reshape(drawn[0].axes, (2, 3))
+    assert [title(row[0]) for row in rows] == ["train_resnet.py", "finetune_resnet18.py"]
+    for (_, accuracy, rate), numbers, height in zip(rows, (one, two), (60, 70), strict=True):
+        (line,) = curves(rate)
+        np.testing.assert_allclose(line.get_ydata(), numbers["lr"])
+        assert required(accuracy) == [height]
+    assert [sorted(legend)[1:] for legend in legends(drawn[0])] == [
+        ["test", "this recipe", "training", "validation"]] * 2
+    assert ["required: 60%" in legend for legend in legends(drawn[0])] == [True, False]
+
+
+def test_the_epochs_on_small_images_are_shaded_and_named(tmp_path, drawn):
+    made_up_run(tmp_path / "small", sizes=[20, 20, 32])
+    made_up_run(tmp_path / "full", "finetune_resnet18", sizes=[224, 224, 224])
+    report.compare([tmp_path / "small", tmp_path / "full"], tmp_path)
+    small, full = drawn[0].axes[:3], drawn[0].axes[3:]
+    for panel in small:
+        (shade,) = panel.patches
+        assert (shade.get_x(), shade.get_x() + shade.get_width()) == (0.5, 2.5)
+    assert not any(panel.patches for panel in full)
+    named = ["trained on images of 20 pixels" in legend for legend in legends(drawn[0])]
+    assert named == [True, False]
+
+
+def test_a_legend_says_what_differs_in_words(tmp_path, drawn):
+    """No flag's name has to be known: "20 epochs", "learning rate 0.2", "3 runs"."""
+    for seed in range(3):
+        made_up_run(tmp_path / f"a{seed}", seed=seed, epochs=20, lr=0.1, label_smoothing=0.1)
+    made_up_run(tmp_path / "b", epochs=5, lr=0.2, label_smoothing=0.1)
+    report.compare([tmp_path / name for name in ("a0", "a1", "a2", "b")], tmp_path)
+    (legend,) = legends(drawn[0])
+    assert {"20 epochs, learning rate 0.1 (3 runs)", "5 epochs, learning rate 0.2"} < set(legend)
+    assert not any("_" in text or "lr" in text or "smoothing" in text for text in legend)
+
+
+def test_seeds_are_compared_as_mean_range_and_table(tmp_path, drawn, caplog):
+    three = [made_up_run(tmp_path / f"a{seed}", seed=seed, lr=0.1, device=f"cuda:{seed}")
+            for seed in (0, 1, 2)]
+    other = made_up_run(tmp_path / "b", seed=0, lr=0.2, device="cpu")
+    directories = [tmp_path / name for name in ("a0", "a1", "a2", "b")]
+    into = tmp_path / "new" / "dir"
+    with caplog.at_level("INFO", "cifar100"):
+        report.compare([*directories, directories[0]], into)
+    loss = drawn[0].axes[0]
+    values = np.stack([numbers["test_loss"] for numbers in three])
+    np.testing.assert_allclose(curves(loss)[2].get_ydata(), values.mean(0))
+    np.testing.assert_allclose(curves(loss)[5].get_ydata(), other["test_loss"])
+    *_, band = loss.collections
+    for epoch, column in enumerate(values.T, 1):
+        ys = [y for x, y in band.get_paths()[0].vertices if x == epoch]
+        np.testing.assert_allclose((min(ys), max(ys)), (min(column), max(column)))
+
+    last = [100 * numbers["test_acc"][-1] for numbers in three]
+    mean, deviation = f"{np.mean(last):.2f}%", f"{np.std(last, ddof=1):.2f}%"
+    label = "train_resnet, learning rate 0.1"
+    assert caplog.messages[0] == (f"{label}: finished runs 3, mean test accuracy {mean}, standard "
+                                  f"deviation {deviation}")
+    runs, seeds = tables((into / "comparison.md").read_text())
+    assert [row[0] for row in runs] == [str(name) for name in directories], "each once"
+    assert seeds[0] == [label, "3", mean, deviation] and seeds[1][1] == "1"
+
+
+def test_a_band_goes_as_far_as_the_shortest_run(tmp_path, drawn):
+    for seed in (0, 1):
+        made_up_run(tmp_path / str(seed), seed=seed)
+    forget_the_last_epoch(tmp_path / "1")
+    report.compare([tmp_path / "0", tmp_path / "1"], tmp_path)
+    assert {tuple(line.get_xdata()) for panel in drawn[0].axes for line in curves(panel)} == {
+        (1, 2)}
+
+
+def forget_the_last_epoch(directory) -> None:
+    """Take the last row out of metrics.csv."""
+    lines = (directory / "metrics.csv").read_text().splitlines()
+    (directory / "metrics.csv").write_text("\n".join(lines[:-1]) + "\n")
+
+
+def test_an_unfinished_run_is_drawn_but_not_in_the_mean(tmp_path, drawn):
+    last = made_up_run(tmp_path / "whole", seed=0)["test_acc"][-1]
+    made_up_run(tmp_path / "half", seed=1)
+    forget_the_last_epoch(tmp_path / "half")
+    for _ in range(2):  # what the first leaves behind is not in the way of the second
+        report.compare([tmp_path / "whole", tmp_path / "half"], tmp_path)
+    runs, groups = tables((tmp_path / "comparison.md").read_text())
+    assert [row[2] for row in runs] == ["3 of 3", "2 of 3"]
+    assert groups == [["train_resnet", "1", f"{last:.2%}", "-"]]
+
+
+def test_what_tells_runs_apart_is_the_recipe_that_they_name(tmp_path):
+    """Also by a flag of one's own; and other weights, but no setting beside these."""
+    made_up_run(tmp_path / "a", lr=0.1, dropout=0.1, weights="one", resume=False)
+    made_up_run(tmp_path / "b", seed=1, lr=0.1, dropout=0.1, weights="one", resume=True)
+    made_up_run(tmp_path / "c", lr=0.1, dropout=0.2, weights="one")
+    made_up_run(tmp_path / "d", lr=0.1, dropout=0.1, weights="two")
+    records = [report.read_run(tmp_path / name) for name in "abcd"]
+    names = {label: [record.directory.name for record in group]
+             for label, group in report.group_runs(records).items()}
+    assert names == {
+        "train_resnet, dropout 0.1, weights one": ["a", "b"],
+        "train_resnet, dropout 0.2, weights one": ["c"],
+        "train_resnet, dropout 0.1, weights two": ["d"],
+    }
+
+
+def test_runs_that_name_no_recipe_are_told_apart_by_the_old_one(tmp_path):
+    for name, settings in (("a", {"batch_size": 50}), ("b", {"batch_size": 60, "compile": True}),
+                           ("c", {"batch_size": 60, "compile": False})):
+        made_up_run(tmp_path / name, **settings)
+        make_old(tmp_path / name)
+    records = [report.read_run(tmp_path / name) for name in "abc"]
+    groups = report.group_runs(records)
+    assert {label: len(group) for label, group in groups.items()} == {
+        "train_resnet, batch size 50": 1, "train_resnet, batch size 60": 2}
+
+
+def test_a_run_of_before_2026_11_still_compares(tmp_path, drawn):
+    numbers = [made_up_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    make_old(tmp_path / "a")
+    assert (tmp_path / "a" / "times.csv").exists()
+    report.compare([tmp_path / "a", tmp_path / "b"], tmp_path)
+    (old, new), ((_, finished, mean, _),) = tables((tmp_path / "comparison.md").read_text())
+    assert old[-2:] == ["-", "-"] and new[-2:] == ["3m00s", "164"], "its times are not read"
+    assert "required accuracy of 60%" in old[-3]
+    assert finished == "2"
+    assert mean == f"{np.mean([run['test_acc'][-1] for run in numbers]):.2%}"
+    assert required(drawn[0].axes[1]) == [60]
+
+
+def test_a_path_with_a_vertical_bar_does_not_break_the_table(tmp_path, drawn):
+    made_up_run(tmp_path / "a|b")
+    report.compare([tmp_path / "a|b"], tmp_path)
+    assert "a\\|b | 0 | 3 of 3 |" in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("broken, content", [
+    ("config.json", None), ("config.json", ""), ("config.json", "[1]"),
+    ("config.json", '{"settings": []}'), ("metrics.csv", None), ("metrics.csv", ""),
+    ("metrics.csv", "epoch,epochs\n1,1\n"),
+])
+def test_what_is_no_run_is_refused_in_a_line(tmp_path, broken, content):
+    made_up_run(tmp_path / "run")
+    (tmp_path / "run" / broken).unlink()
+    if content is not None:
+        (tmp_path / "run" / broken).write_text(content)
+    with pytest.raises(utils.UserError, match="run: holds no run with a finished epoch"):
+        report.compare([tmp_path / "run"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_comparison_that_cannot_be_written_names_the_directory(tmp_path, drawn):
+    made_up_run(tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.UserError, match=f"--output-dir {tmp_path / 'file'}: cannot be writ"):
+        report.compare([tmp_path / "run"], tmp_path / "file")
+
+
+def test_without_matplotlib_a_line_says_what_to_install(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    made_up_run(tmp_path / "run")
+    (tmp_path / "run" / "curves.png").touch()  # of an earlier report
+    with caplog.at_level("INFO", "cifar100"):
+        report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    (line,) = caplog.messages
+    assert re.search(r"curves.png is not drawn .*: pip install 'matplotlib>=3.7'$", line)
+    assert not (tmp_path / "run" / "curves.png").exists(), "none is better than an old one"
+    assert "png" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_groups_are_told_apart_without_colours_and_their_legend_is_on_the_page(tmp_path):
+    """No colour is too light for paper, either."""
+    count = 30
+    for i in range(count):
+        made_up_run(tmp_path / str(i), lr=i, weight_decay=0.005 * i, sizes=[20, 20, 32])
+    records = [report.read_run(tmp_path / str(i)) for i in range(count)]
+    figure = Figure(layout="constrained")
+    report.draw_curves(figure, report.group_runs(records))
+    figure.savefig(tmp_path / "curves.png", dpi=figure.dpi)
+    assert shows_something(tmp_path / "curves.png")
+    legend, page = figure.axes[2].get_legend().get_window_extent(), figure.bbox
+    assert legend.x1 <= page.x1 and legend.y0 >= page.y0, "pixels"
+    assert all(min(panel.bbox.width, panel.bbox.height) > 200 for panel in figure.axes)
+    looks = [(line.get_color(), line.get_marker()) for line in curves(figure.axes[2])]
+    assert len(set(looks)) == count and len({marker for _, marker in looks[:5]}) == 5
+    assert all(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) < 0.7 for colour, _ in looks)

@@ -1,0 +1,290 @@
+"""Both scripts as a user runs them: what they print, write and refuse; and Muon, of part 1."""
+
+import csv
+import importlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, contents, needs_cuda, script, write_binary
+
+import engine
+import models
+import report
+import train_resnet
+
+# Flags without which a script needs files that a test has not.
+SMALL = {"train_resnet": [],
+         "finetune_resnet18": ["--weights", "random", "--image-size", 32]}
+SYNTHETIC = ["--dataset", "synthetic"]
+SIX_STEPS = ["--batch-size", 20, "--max-steps", 6, "--device", "cpu"]
+EPOCH_LINE = re.compile(
+    r"^\[synthetic\]  epoch  1/1  lr 0\.0000  train loss \d+\.\d{3} acc +\d+\.\d\d%  "
+    r"test loss \d+\.\d{3} acc +(\d+\.\d\d)% top5 +\d+\.\d\d%  \d+ img/s  \d+\.\d s  eta 0s$",
+    re.MULTILINE,
+)
+both = pytest.mark.parametrize("name", SMALL)
+
+
+def rows(output_dir):
+    """Return the rows of metrics.csv."""
+    with open(output_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of each script on the synthetic set: {name: (process, output directory)}."""
+    runs = {}
+    for name, flags in SMALL.items():
+        output_dir = tmp_path_factory.mktemp(name) / "run"
+        flags = [*SYNTHETIC, *flags, *SIX_STEPS, "--output-dir", output_dir]
+        if name == "train_resnet":
+            # Started as a user does, once.
+            command = map(str, [sys.executable, ROOT / f"{name}.py", *flags])
+            runs[name] = subprocess.run(command, capture_output=True, text=True), output_dir
+        else:
+            runs[name] = script(name, *flags), output_dir
+    return runs
+
+
+@pytest.fixture
+def small(data_dir):
+    """Flags of runs of a few steps on 32 images: {name: flags}."""
+    return {name: [*flags, "--data-dir", data_dir, "--device", "cpu", "--batch-size", 8]
+            for name, flags in SMALL.items()}
+
+
+@both
+def test_the_log_has_header_epoch_line_and_verdict(finished, name):
+    process, output_dir = finished[name]
+    assert (process.returncode, process.stderr) == (0, ""), "no bar without a terminal"
+    for start in ("command ", "device     CPU", "data       synthetic", "model "):
+        assert re.search(f"^{start}", process.stdout, re.MULTILINE), start
+    assert len(EPOCH_LINE.findall(process.stdout)) == 1
+    accuracy = EPOCH_LINE.search(process.stdout)[1]
+    *_, files, last = process.stdout.splitlines()
+    assert files.startswith("files ") and str(output_dir) in files
+    assert last.startswith(f"final test accuracy {accuracy}% (on synthetic images, so the")
+
+
+@both
+def test_the_files_say_the_same(finished, name):
+    process, output_dir = finished[name]
+    written = {*engine.RUN_FILES, *report.RUN_REPORTS, ".lock"}
+    assert set(contents(output_dir)) == written - {"checkpoint-previous.pt"}
+    (row,) = rows(output_dir)
+    assert (row["dataset"], row["epoch"], row["epochs"]) == ("synthetic", "1", "1")
+    assert row["image_size"] == "32" and set(report.TIMES) < set(row)
+    assert f"{float(row['test_acc']):.2%}" == EPOCH_LINE.search(process.stdout)[1] + "%"
+    config = json.loads((output_dir / "config.json").read_text())
+    assert config["script"] == name and config["dataset"] == "synthetic"
+    assert config["settings"]["max_steps"] == 6
+    assert {"max_steps", "seed", "precision"} < set(config["recipe"]) < set(config["settings"])
+
+
+@both
+def test_the_weights_load_strictly_and_the_state_safely(finished, name):
+    _, output_dir = finished[name]
+    weights = torch.load(output_dir / "model.pt", weights_only=True)
+    network = models.ResNet() if name == "train_resnet" else models.resnet18("random")
+    network.load_state_dict(weights, strict=True)
+    state = torch.load(output_dir / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(state["model"][k], weights[k]) for k in weights)
+    assert state["scheduler"]["last_epoch"] == 6, "one step of the schedule per optimizer step"
+    assert state["optimizer"]["param_groups"][0]["lr"] < 1e-4, "and it ends at its end"
+
+
+@both
+def test_eval_only_prints_the_same_test_accuracy(finished, name):
+    process, output_dir = finished[name]
+    flags = [*SYNTHETIC, *SMALL[name], "--eval-only", "--output-dir", output_dir]
+    evaluated = script(name, *flags, "--device", "cpu")
+    assert evaluated.returncode == 0
+    test_part = re.search(r"test loss .* top5 +[\d.]+%", process.stdout)[0]
+    assert evaluated.stdout.splitlines()[-2] == f"{test_part}  (1,000 synthetic images)"
+
+
+def test_a_held_out_split_is_printed_beside_the_test_set(tmp_path, arrays):
+    data_dir = write_binary(tmp_path / "data", arrays)
+    process = script("train_resnet", "--data-dir", data_dir, "--device", "cpu", "--batch-size", 20,
+                     "--max-steps", 2, "--val-size", 100, "--low-res", 1,
+                     "--output-dir", tmp_path / "run")
+    assert "100 training, 100 validation and 100 test images" in process.stdout
+    assert re.search(r"train loss .*  val loss .* top5 .*  test loss .* top5 ", process.stdout)
+    (row,) = rows(tmp_path / "run")
+    assert {"val_acc", "test_acc"} <= set(row) and row["image_size"] == "20"
+
+
+@needs_cuda
+@both
+def test_the_defaults_run_on_a_gpu(tmp_path, name):
+    process = script(name, *SYNTHETIC, *SMALL[name], "--max-steps", 5,
+                     "--output-dir", tmp_path / "run")
+    assert process.returncode == 0 and "device     cuda" in process.stdout
+
+
+@both
+def test_a_run_is_not_overwritten_unless_asked(small, name, tmp_path):
+    flags = [*small[name], "--max-steps", 1, "--output-dir", tmp_path / "run"]
+    assert script(name, *flags).returncode == 0
+    before = contents(tmp_path / "run")
+    again = script(name, *flags)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert re.fullmatch(r".*already holds a run .*--overwrite.*--resume.*\n", again.stderr)
+    assert contents(tmp_path / "run") == before
+    first = torch.load(tmp_path / "run" / "model.pt")
+    assert script(name, *flags, "--seed", 1, "--overwrite").returncode == 0
+    second = torch.load(tmp_path / "run" / "model.pt")
+    assert not torch.equal(first["fc.weight"], second["fc.weight"]), "another seed, another run"
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    process, output_dir = finished["train_resnet"]
+    before = contents(output_dir)
+    flags = [*SYNTHETIC, *SIX_STEPS, "--resume", "--output-dir", output_dir]
+    again = script("train_resnet", *flags)
+    assert again.returncode == 0 and not EPOCH_LINE.search(again.stdout)
+    assert contents(output_dir) == before
+    final = [line for line in process.stdout.splitlines() if line.startswith("final")]
+    assert final and final[0] in again.stdout
+
+
+@both
+def test_a_diverging_run_stops_and_names_the_step(small, name, tmp_path):
+    flags = [*small[name], "--max-steps", 4, "--lr", "1e30", "--output-dir", tmp_path / "run"]
+    process = script(name, *flags)
+    assert process.returncode == 1
+    says = r".*not finite by step [1-4]; start again with --overwrite and a lower --lr.*\n"
+    assert re.fullmatch(says, process.stderr)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_a_run_can_be_as_short_as_one_step(small, tmp_path, steps):
+    flags = [*small["train_resnet"], "--max-steps", steps, "--output-dir", tmp_path / "run"]
+    assert script("train_resnet", *flags).returncode == 0
+
+
+def test_a_run_whose_last_step_diverges_is_not_saved(small, tmp_path):
+    flags = [*small["train_resnet"], "--max-steps", 1, "--lr", "1e30"]
+    process = script("train_resnet", *flags, "--output-dir", tmp_path / "run")
+    assert process.returncode == 1 and "not finite by step 1" in process.stderr
+    assert sorted(contents(tmp_path / "run")) == [".lock", "config.json"]
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--epochs", "0"], "--epochs: 0 is not within 1 and inf"),
+    (["--epochs", "many"], "--epochs: invalid whole number value: 'many'"),
+    (["--lr", "nan"], "--lr: nan is not within"),
+    (["--label-smoothing", "1.1"], "--label-smoothing: 1.1 is not within 0 and 1"),
+    (["--batchsize", "3"], "--batchsize"),
+    (["--precision", "fp8"], "--precision"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--val-size", "150"], "--val-size 150"),
+    (["--resume", "--overwrite"], "not allowed with"),
+    (["--eval-only"], "holds no model.pt"), (["--predict", "x.png"], "holds no model.pt"),
+    (["--dataset", "cifar100", "--data-dir", "nowhere", "--no-download"], "Three ways out"),
+    (["--dataset", "cifar100", "--data-dir", "gone.tar.gz"], "gone.tar.gz: no such file"),
+    (["--output-dir", "file"], "is a file"),
+    (["--output-dir", "file/below"], "file/below: cannot be written"),
+    (["--output-dir", "/proc/none"], "/proc/none: cannot be written"),
+    (["--max-minutes", "0"], "--max-minutes: 0 is not within"),
+    (["--data-dir", "file", "--dataset", "cifar100"], "file: not an HDF5 file, and not a whole"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, flags, says):
+    (tmp_path / "file").write_text("")
+    process = script("train_resnet", *SYNTHETIC, *flags, cwd=tmp_path)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    assert process.stderr.startswith("train_resnet.py: ") and says in process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
+
+
+def test_debug_adds_the_traceback(tmp_path):
+    process = script("train_resnet", *SYNTHETIC, "--val-size", 150, "--debug", cwd=tmp_path)
+    assert process.returncode == 2 and process.stderr.startswith("Traceback")
+    assert process.stderr.splitlines()[-1].startswith("train_resnet.py: --val-size 150: must be")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_one_line(tmp_path):
+    process = script("train_resnet", *SYNTHETIC, "--device", "cuda", cwd=tmp_path)
+    assert process.returncode == 2 and "try --device cpu" in process.stderr
+
+
+def test_bad_weights_are_one_line(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"not weights")
+    flags = [*SYNTHETIC, "--weights", tmp_path / "weights.pth"]
+    process = script("finetune_resnet18", *flags, cwd=tmp_path)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
+    assert "weights.pth: not a PyTorch file" in process.stderr
+
+
+def test_a_last_batch_of_one_image_is_one_line(small, tmp_path):
+    """Where the last maps are of one pixel, batch norm has nothing to average over."""
+    process = script("finetune_resnet18", *small["finetune_resnet18"], "--batch-size", 31,
+                     "--output-dir", tmp_path)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    assert "batch norm cannot train on one image: try another --batch-size" in process.stderr
+
+
+@both
+def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
+    """The other settings may change at --resume: where files are, what is computed where, when."""
+    monkeypatch.setattr(sys, "argv", [name, "--overwrite"])
+    args = importlib.import_module(name).parse_args()
+    free = set(vars(args)) - {"recipe"} - set(args.recipe)
+    assert free - {"weights"} == {
+        "data_dir", "data_url", "no_download", "output_dir", "resume", "overwrite", "eval_only",
+        "predict", "compare", "debug", "device", "compile", "checkpoint_minutes", "max_minutes"}
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])
+def test_orthogonalized_matrices_have_singular_values_near_1(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    values = torch.linalg.svdvals(train_resnet.orthogonalize(matrices, torch.float32))
+    assert values.min() > 0.6 and values.max() < 1.3
+    # The singular vectors stay: what comes out is U f(S) V' of what went in.
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    product = left.mT @ train_resnet.orthogonalize(matrices, torch.float32) @ right.mT
+    diagonal = torch.diag_embed(torch.diagonal(product, dim1=1, dim2=2))
+    torch.testing.assert_close(product, diagonal, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch.optim.Muon of torch 2.9")
+def test_muon_takes_the_steps_of_torchs_own():
+    """Which takes matrices alone, and computes in bf16."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(8, 4, 3, 3)) for _ in range(2)]
+    matrices = [torch.nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
+    starts = [matrix.detach().clone() for matrix in matrices]
+    group = {"params": weights, "muon": 0.9, "lr": 0.05, "weight_decay": 0.1}
+    ours = train_resnet.Muon([group], torch.bfloat16)
+    theirs = torch.optim.Muon(matrices, 0.05, weight_decay=0.1, momentum=0.9)
+    for _ in range(3):
+        for weight, matrix in zip(weights, matrices, strict=True):
+            weight.grad = torch.randn_like(weight)
+            matrix.grad = weight.grad.flatten(1).clone()
+        ours.step()
+        theirs.step()
+    for weight, matrix, start in zip(weights, matrices, starts, strict=True):
+        moved, difference = matrix - start, weight.flatten(1) - matrix
+        assert difference.norm() < 0.05 * moved.norm()
+
+
+def test_muon_moves_the_convolutions_and_sgd_the_rest(runtime, monkeypatch):
+    """With the rates and decays that the head of the script gives, and each parameter once."""
+    monkeypatch.setattr(sys, "argv", ["train_resnet", "--overwrite"])
+    model, args = models.ResNet(), train_resnet.parse_args()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    convolutions, head, vectors = train_resnet.make_optimizer(model, args, runtime).param_groups
+    assert "muon" in convolutions and not {"muon"} & {*head, *vectors}
+    assert (convolutions["lr"], convolutions["weight_decay"]) == (args.lr, args.weight_decay)
+    assert [names[p] for p in head["params"]] == ["fc.weight"]
+    assert all(p.ndim == 1 for p in vectors["params"]) and vectors["weight_decay"] == 0
+    groups = convolutions, head, vectors
+    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())

@@ -1,0 +1,284 @@
+"""A finished run, used by the command line: its report, evaluation, predictions, comparison."""
+
+import csv
+import functools
+import importlib
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import sys
+import termios
+import threading
+from contextlib import suppress
+from fcntl import ioctl
+
+import pytest
+import torch
+from helpers import script, shows_something, tables
+from PIL import Image
+
+import data
+import models
+import report
+import utils
+
+CPU = ["--device", "cpu"]
+SHORT = ["--dataset", "synthetic", "--batch-size", 50, "--max-steps", 2, *CPU]
+PART_2 = ["--weights", "random", "--image-size", 40]
+
+
+def few_images() -> None:
+    """Have a synthetic set of 200 training and 100 test images, for speed."""
+    data.synthetic = functools.partial(data.synthetic, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run of each script on the synthetic set: {name: (process, output directory)}."""
+    runs = {}
+    for name, flags in (("train_resnet", []), ("finetune_resnet18", PART_2)):
+        output_dir = tmp_path_factory.mktemp(name) / "run"
+        process = script(name, *SHORT, *flags, "--output-dir", output_dir, before=few_images)
+        assert (process.returncode, process.stderr) == (0, "")
+        runs[name] = process, output_dir
+    return runs
+
+
+@pytest.fixture
+def run_dir(finished):
+    """The output directory of the run of part 1."""
+    return finished["train_resnet"][1]
+
+
+@pytest.fixture
+def use(monkeypatch, capsys, caplog, drawn):
+    """A function that uses a finished model in this process: returns stdout, and the log."""
+    monkeypatch.setattr(data, "synthetic", functools.partial(data.synthetic, 2, 1))
+
+    def run(name, *flags) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags), *CPU])
+        caplog.clear()
+        with caplog.at_level("INFO", "cifar100"):
+            importlib.import_module(name).main()
+        return capsys.readouterr().out, "\n".join(caplog.messages)
+
+    return run
+
+
+def only_row(output_dir) -> dict:
+    """Return the row of a run's one epoch; metrics.csv has the same to six digits."""
+    (row,) = torch.load(output_dir / "checkpoint.pt")["position"]["history"]
+    (written,) = csv.DictReader(io.StringIO((output_dir / "metrics.csv").read_text()))
+    assert written.pop("dataset") == row["dataset"] and list(row)[1:] == list(written)
+    assert {name: float(value) for name, value in written.items()} == pytest.approx(
+        {name: row[name] for name in written}, rel=1e-5)
+    return row
+
+
+def test_a_run_leaves_a_report_and_its_curves(finished):
+    process, output_dir = finished["train_resnet"]
+    assert "report.md, curves.png in" in process.stdout
+    runs, environment, settings = tables((output_dir / "report.md").read_text())
+    row, config = only_row(output_dir), json.loads((output_dir / "config.json").read_text())
+    assert runs == [[
+        str(output_dir), "0", "1 of 1", f"{row['train_acc']:.2%}", "-", f"{row['test_acc']:.2%}",
+        f"{row['test_top5']:.2%}", f"{row['test_loss']:.3f}",
+        "on synthetic images, so the course's required accuracy does not apply",
+        report.duration(row["seconds"]), f"{row['images_per_second']:.0f}",
+    ]]
+    assert [name for name, _ in environment] == ["command", "runtime", "torch", "python", "system"]
+    assert ["torch", torch.__version__] in environment
+    assert settings == [[name, str(value)] for name, value in config["settings"].items()]
+    assert shows_something(output_dir / "curves.png")
+
+
+def test_the_last_line_tells_the_last_epoch_not_the_best(run_dir, tmp_path):
+    output_dir = shutil.copytree(run_dir, tmp_path / "run")
+    state = torch.load(output_dir / "checkpoint.pt")
+    (row,) = state["position"]["history"]
+    state["position"]["history"] = [{**row, "test_acc": 0.99}, row]
+    torch.save(state, output_dir / "checkpoint.pt")
+    process = script("train_resnet", *SHORT, "--output-dir", output_dir, "--resume",
+                     before=few_images)
+    assert f"final test accuracy {row['test_acc']:.2%} " in process.stdout, process.stderr
+
+
+@pytest.mark.parametrize("name", ["train_resnet", "finetune_resnet18"])
+def test_a_model_is_tested_as_it_was_trained(finished, use, name):
+    """The data set and the size of the images come from the run; the scores are the same."""
+    output_dir = finished[name][1]
+    stdout, log = use(name, "--eval-only", "--output-dir", output_dir, "--resume")
+    row = only_row(output_dir)
+    assert "data       synthetic: 200 training and 100 test images" in log
+    assert (f"test loss {row['test_loss']:.3f} acc {row['test_acc']:6.2%} "
+            f"top5 {row['test_top5']:6.2%}  (100 synthetic images)\n"
+            "files      test-report.md, confusion.csv, ") in log
+    assert stdout == "", "all that it prints is in the log"
+
+
+def test_the_size_of_the_images_can_be_said_otherwise(finished, use, pictures):
+    flags = ["--predict", pictures / "0.png", "--output-dir", finished["finetune_resnet18"][1]]
+    as_trained, as_said, other = (use("finetune_resnet18", *flags, *size)[0]
+                                  for size in ([], ["--image-size", 40], ["--image-size", 64]))
+    assert as_trained == as_said != other
+
+
+def test_a_model_is_used_by_the_script_that_trained_it(finished, use, pictures):
+    output_dir = finished["finetune_resnet18"][1]
+    with pytest.raises(utils.UserError, match=r"a run of finetune_resnet18\.py; use that script"):
+        use("train_resnet", "--predict", pictures / "0.png", "--output-dir", output_dir)
+
+
+def test_a_config_that_a_flag_would_not_allow_is_named(finished, use, pictures, tmp_path):
+    output_dir = shutil.copytree(finished["finetune_resnet18"][1], tmp_path / "run")
+    config = (output_dir / "config.json").read_text()
+    (output_dir / "config.json").write_text(config.replace('"image_size": 40', '"image_size": 0'))
+    with pytest.raises(utils.UserError, match=r"config\.json: argument --image-size: 0 is not "):
+        use("finetune_resnet18", "--predict", pictures / "0.png", "--output-dir", output_dir)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of pictures of several formats and sizes; the first two are test images."""
+    images = data.synthetic(2, 1).test.images
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, name in enumerate(("0.png", "1.bmp", "2.webp", "3.GIF", "4.jpg")):
+        picture = Image.fromarray(images[i].permute(1, 2, 0).numpy())
+        picture.resize((32, 32) if i < 2 else (200 + i, 100)).save(folder / name, lossless=True)
+    Image.new("L", (1, 1)).save(folder / "grey.tiff")
+    Image.new("RGBA", (70, 50)).save(folder / "transparent.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_predict_prints_the_five_likeliest_as_csv(run_dir, pictures):
+    """And nothing beside it, so that it can be piped on."""
+    process = script("train_resnet", "--predict", pictures, pictures / "0.png", *CPU,
+                     "--output-dir", run_dir, "--precision", "fp32")
+    assert (process.returncode, process.stderr) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(process.stdout)))
+    assert list(rows[0]) == ["file", "rank", "class", "probability"]
+    names = ["0.png", "1.bmp", "2.webp", "3.GIF", "4.jpg", "grey.tiff", "transparent.png", "0.png"]
+    assert [row["file"] for row in rows[::5]] == [str(pictures / name) for name in names]
+    assert [row["rank"] for row in rows] == list("12345") * 8
+    model = models.ResNet().eval()
+    model.load_state_dict(torch.load(run_dir / "model.pt"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in data.CIFAR100_STATS)
+    with torch.inference_mode():
+        expected = model((data.synthetic(2, 1).test.images[:2] / 255 - mean) / std).softmax(1)
+    for i in (0, 1):
+        values, labels = expected[i].topk(5)
+        shown = rows[5 * i : 5 * i + 5]
+        assert [row["class"] for row in shown] == [data.SYNTHETIC_NAMES[label] for label in labels]
+        probabilities = [float(row["probability"]) for row in shown]
+        assert probabilities == pytest.approx(values.tolist(), abs=2e-4)
+
+
+def test_a_model_of_cifar100_predicts_its_classes(run_dir, use, pictures):
+    stdout, _ = use("train_resnet", "--predict", pictures / "0.png", "--output-dir", run_dir,
+                    "--dataset", "cifar100")
+    rows = list(csv.DictReader(io.StringIO(stdout)))
+    assert {row["class"] for row in rows} < set(data.CLASS_NAMES)
+
+
+def test_a_picture_that_cannot_be_read_is_one_line_before_any_prediction(run_dir, pictures):
+    process = script("train_resnet", "--predict", pictures / "0.png", pictures / "notes.txt", *CPU,
+                     "--output-dir", run_dir)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
+    assert f"{pictures / 'notes.txt'}: cannot be read as a picture" in process.stderr
+
+
+def write_to(where: str) -> None:
+    """Have stdout be a pipe that nobody reads, or a full disk."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write if where == "closed pipe" else os.open(where, os.O_WRONLY), 1)
+
+
+@pytest.mark.parametrize("where", ["closed pipe", "/dev/full"])
+def test_predictions_that_nobody_takes_end_in_a_line(run_dir, pictures, where):
+    process = script("train_resnet", "--predict", pictures / "0.png", *CPU, "--output-dir", run_dir,
+                     before=functools.partial(write_to, where))
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
+    assert "train_resnet.py: cannot go on: " in process.stderr
+
+
+def take_terminal(path: str, stdout: str | None) -> None:
+    """Have the terminal at `path` for stderr, and for stdout if that has no file of its own."""
+    few_images()
+    terminal = os.open(path, os.O_RDWR)
+    os.dup2(terminal, 2)
+    os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT) if stdout else terminal, 1)
+
+
+def on_a_terminal(*command, stdout=None) -> str:
+    """Run a script with its output on a pseudo-terminal; return what it shows.
+
+    Its standard output goes there, too, unless it has a file of its own.
+    """
+    master, slave = pty.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
+    shown = []
+
+    def read():
+        with suppress(OSError):  # EIO, Linux's end of a terminal
+            while chunk := os.read(master, 65536):
+                shown.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    take = functools.partial(take_terminal, os.ttyname(slave), stdout and str(stdout))
+    process = script(*command, before=take)
+    os.close(slave)
+    reader.join(60)
+    os.close(master)
+    text = b"".join(shown).decode()
+    assert process.returncode == 0, text
+    return text
+
+
+def test_a_terminal_shows_a_bar_for_training_and_for_the_test(tmp_path):
+    shown = on_a_terminal("train_resnet", *SHORT, "--output-dir", tmp_path / "run")
+    assert re.search(r"epoch 1 train: +\d+%\|.*\| *\d/2 ", shown)
+    assert re.search(r"epoch 1 test: +\d+%\|.*\| *\d/1 ", shown)
+
+
+def test_a_terminal_shows_a_bar_and_aligned_predictions(run_dir, pictures, tmp_path):
+    """The same predictions as a file gets as CSV, while the bar goes to the terminal."""
+    predict = ["train_resnet", "--predict", pictures / "0.png", pictures / "grey.tiff", *CPU,
+               "--output-dir", run_dir]
+    shown = on_a_terminal(*predict)
+    assert re.search(r"test: +\d+%\|.*\| *\d/1 ", shown)
+    lines = [line for line in shown.replace("\r", "\n").splitlines() if "plaid" in line]
+    assert len(lines) == 10 and len({line.index("hue") for line in lines}) == 1
+    assert [bool(line.split("hue")[0].strip()) for line in lines] == [True, *[False] * 4] * 2
+    assert "test: " in on_a_terminal(*predict, stdout=tmp_path / "predictions.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "predictions.csv").read_text())))
+    for line, row in zip(lines, rows, strict=True):
+        name, percent = re.search(r"(hue .*?) +(\d+\.\d)%$", line).groups()
+        assert name == row["class"]
+        assert float(percent) == pytest.approx(100 * float(row["probability"]), abs=0.06)
+
+
+def test_runs_are_compared_by_the_command_line(run_dir, tmp_path):
+    other = shutil.copytree(run_dir, tmp_path / "other")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"seed": 0', '"seed": 1'))
+    process = script("train_resnet", "--compare", run_dir, other, "--output-dir", tmp_path / "new")
+    assert (process.returncode, process.stderr) == (0, "")
+    accuracy = f"{only_row(run_dir)['test_acc']:.2%}"
+    assert process.stdout == (
+        f"train_resnet: finished runs 2, mean test accuracy {accuracy}, standard deviation 0.00%\n"
+        f"files      comparison.md, comparison.png in {tmp_path / 'new'}\n")
+    assert shows_something(tmp_path / "new" / "comparison.png")
+
+
+def test_a_comparison_that_cannot_be_written_is_one_line(run_dir, tmp_path):
+    (tmp_path / "file").touch()
+    process = script("train_resnet", "--compare", run_dir, "--output-dir", tmp_path / "file")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert f"--output-dir {tmp_path / 'file'}: cannot be written" in process.stderr
