@@ -256,15 +256,19 @@ def _check_tensors(file: io.BufferedReader) -> None:
             check_pickle(file, TENSOR_GLOBALS)
         return
     with zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise zipfile.BadZipFile("compressed, which torch.save never does")
-        # torch.load leaves the numbers of such an entry as the memory happens to be.
-        if any(entry.external_attr & 0x10 for entry in archive.infolist()):
+        # Of such an entry torch.load leaves the numbers as the memory happens to be.
+        if any(entry.external_attr & 0x10 for entry in entries):
             raise zipfile.BadZipFile("an entry is marked as a directory")
+        # torch.load finds names whatever their case, and takes the first of two.
+        if len({entry.filename.lower() for entry in entries}) < len(entries):
+            raise zipfile.BadZipFile("two entries have one name")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
         for name in archive.namelist():
-            if name.endswith(".pkl"):
+            if name.lower().endswith(".pkl"):
                 check_pickle(io.BytesIO(archive.read(name)), TENSOR_GLOBALS)
 
 
