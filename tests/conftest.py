@@ -1,5 +1,7 @@
 """Fixtures of several test files, and the option --kills."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,15 @@ import utils
 def pytest_addoption(parser):
     """Add --kills."""
     parser.addoption("--kills", type=int, default=26, help="SIGKILLs of the marked kill test")
+
+
+def pytest_configure():
+    """Have every process compute with one thread, unless $OMP_NUM_THREADS says otherwise.
+
+    Several threads gain little on such small work, and where another program keeps a core busy
+    they wait for each other: the tests then take twenty times as long.
+    """
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture

@@ -57,6 +57,11 @@ def run_script(path: str, flags: tuple) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
+def without_pictures() -> None:
+    """Hide matplotlib from this process, for drawing takes a third of a run of a few steps."""
+    sys.modules["matplotlib.figure"] = None
+
+
 def call(function: Callable, *arguments, cwd: Path = ROOT, before: Callable | None = None,
          kill_after: float | None = None) -> CompletedProcess:
     """Call a module's function in a process of its own; return status and text output.

@@ -106,14 +106,14 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, make_run, monkeypatch):
     """Neither a look at a value, nor a transfer from or to the host, in a step or a batch."""
     # After which steps the loss is looked at.
     looks = []
-    monkeypatch.setattr(engine, "CHECK_EVERY", 4)
+    monkeypatch.setattr(engine, "CHECK_EVERY", 2)
     monkeypatch.setattr(engine.Run, "check_finite", lambda run, *_: looks.append(run.step))
     # It reads the host's clock alone.
     monkeypatch.setattr(engine.Run, "_stop_or_save", lambda run: None)
     monkeypatch.setattr(utils.Runtime, "reduce", lambda _, values: torch.ones(values.shape))
     monkeypatch.setattr(utils.Runtime, "autocast", lambda _: contextlib.nullcontext())
     counts, (_, low, full) = [], PARTS[name]
-    for steps in (2, 5):
+    for steps in (1, 3):
         with monkeypatch.context() as patches, Transfers(patches) as transfers:
             runtime = utils.Runtime(torch.device("meta"), torch.float32)
             run, batches = make_run(name, runtime, steps, "--output-dir", steps)
@@ -125,24 +125,24 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, make_run, monkeypatch):
         counts.append(transfers.count)
     assert counts[0] == counts[1] > 0
     # Every so many steps, 25 in truth, and after the last.
-    assert looks == [2, 2, 4, 5, 4, 5]
+    assert looks == [1, 1, 2, 3, 2, 3]
 
 
 @both
 def test_no_step_leaves_anything_behind(name, runtime, make_run):
-    """As many tensors are alive after four steps as after two, and no step keeps its graph."""
-    run, batches = make_run(name, runtime, 5)
+    """As many tensors are alive after three steps as after one, and no step keeps its graph."""
+    run, batches = make_run(name, runtime, 4)
     alive = []
 
     def counted():
         for step, batch in enumerate(batches.shuffled(0, 0, 0, 32)):
-            if step in (2, 4):
+            if step in (1, 3):
                 gc.collect()
                 alive.append(sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()))
             yield batch
 
     engine.train_one_epoch(run, counted(), 0.1)
-    assert run.step == 5 and alive[0] == alive[1]
+    assert run.step == 4 and alive[0] == alive[1]
     assert not run.sums.requires_grad
 
 
@@ -174,6 +174,23 @@ def test_an_epoch_is_the_loop_that_people_write(runtime, parse, monkeypatch):
     assert equal(dict(model.state_dict()), dict(plain.state_dict()))
     assert metrics.loss == pytest.approx(sum(losses) / 24, rel=1e-5)
     assert (metrics.accuracy, metrics.images) == (pytest.approx(correct / 24), 24)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 10])
+def test_the_rate_rises_then_falls_to_nothing_in_a_run_of_any_length(steps):
+    """Also of fewer than the five steps that torch's schedule can do."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5)
+    schedule, rates = engine.one_cycle(optimizer, steps), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.02) and max(rates) <= 0.5
+    if steps == 10:
+        peak = rates.index(max(rates))
+        assert (peak, rates[2]) == (2, pytest.approx(0.45, rel=0.1))
+        assert rates == [*sorted(rates[: peak + 1]), *sorted(rates[peak + 1 :], reverse=True)]
+        assert optimizer.param_groups[0]["lr"] < 1e-4
 
 
 @both

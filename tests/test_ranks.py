@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import ROOT, call, result, run_script, script
+from helpers import ROOT, call, result, run_script, script, without_pictures
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -70,7 +70,7 @@ def save_gradients(path: Path) -> None:
     gradients = []
     for batch_size, step in BATCHES:
         batches = data.Batches(data.synthetic(1, 1).train, batch_size, PLAIN, runtime)
-        images, labels, weight = next(batches.shuffled(0, 0, step))
+        images, labels, weight = next(batches.shuffled(0, 0, step, size=16))
         model.zero_grad()
         (F.cross_entropy(network(images), labels, label_smoothing=0.1) * weight).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -102,7 +102,7 @@ def print_numbers(path: Path) -> None:
     torch.save([(torch.cat(part) * 255).round().long() for part in (trained, tested)],
                path / f"{runtime.ranks}-{runtime.rank}")
     torch.manual_seed(0)
-    test = data.Batches(data.synthetic(1, 1).test, 24, data.CIFAR100_STATS, runtime)
+    test = data.Batches(data.synthetic(1, 1).test, 24, data.CIFAR100_STATS, runtime, size=16)
     model = models.ResNet()
     logits, labels = engine.infer(model, test, runtime)
     print(engine.evaluate(model, test, runtime), logits.topk(3).indices.tolist(), labels.tolist())
@@ -120,8 +120,8 @@ def test_every_image_is_seen_once_and_the_evaluation_is_equal(tmp_path):
 
 @pytest.fixture(scope="module")
 def small(data_dir):
-    """Flags of a run of 4 steps, whose batches the ranks cannot share evenly."""
-    return ["--data-dir", data_dir, "--device", "cpu", "--epochs", 1, "--batch-size", 9]
+    """Flags of a run of two steps, whose batches the ranks cannot share evenly."""
+    return ["--data-dir", data_dir, "--device", "cpu", "--epochs", 1, "--batch-size", 17]
 
 
 def torchrun(ranks: int, name: str, *flags, **environment) -> subprocess.Popen:
@@ -140,10 +140,16 @@ def under_torchrun(name: str, *flags) -> tuple[str, str]:
     return stdout, stderr
 
 
+def run_without_pictures(path: str, flags: tuple) -> None:
+    """Execute a script in this process, which finds no matplotlib."""
+    without_pictures()
+    run_script(path, flags)
+
+
 def in_two_ranks(name: str, *flags) -> tuple[str, str]:
     """Run a script as `under_torchrun` does, in a fifth of the time: torch is imported already."""
     flags = tuple(map(str, flags))
-    processes = in_ranks(2, run_script, str(ROOT / f"{name}.py"), flags)
+    processes = in_ranks(2, run_without_pictures, str(ROOT / f"{name}.py"), flags)
     return ("".join(process.stdout for process in processes),
             "".join(process.stderr for process in processes))
 
@@ -162,7 +168,7 @@ def test_ranks_stop_and_resume_to_the_same_bits_and_in_another_number(tmp_path, 
     run(*flags, chain)
     assert result(chain) == result(whole)
     (chain / "checkpoint.pt").write_bytes(first)
-    alone = script(*flags, chain)
+    alone = script(*flags, chain, before=without_pictures)
     assert alone.returncode == 0 and "final test accuracy" in alone.stdout
     assert re.search(r"note .* comes from 2 x CPU.*\nresume     after 0 epochs", alone.stdout)
 
