@@ -154,13 +154,17 @@ def test_damaged_weights_load_equal_or_are_refused_in_one_line(tmp_path, kind, c
     assert 0 < len(loaded) < count / 2
 
 
-@pytest.mark.parametrize("bit", marked([4], [0, 1, 2, 3, 5, 6, 7]))
-def test_no_flipped_bit_of_a_weight_file_changes_a_number(tmp_path, bit):
-    """Bit 4 of an entry's attributes marks a directory, whose numbers torch.load does not read."""
+@pytest.mark.parametrize("bits", marked([[4]], [range(8)]))
+def test_no_flipped_bit_of_a_weight_file_changes_a_number(tmp_path, bits):
+    """Of the zip directory at its end or, where it takes long, of all of the file.
+
+    Bit 4 of an entry's attributes marks a folder, whose numbers torch.load does not read.
+    """
     state, path = {"weight": torch.arange(12.0), "bias": torch.ones(3)}, tmp_path / "weights.pth"
     torch.save(state, path)
     original, loaded = path.read_bytes(), 0
-    for position in range(len(original)):
+    start = original.index(b"PK\x01\x02") if len(bits) == 1 else 0
+    for position, bit in itertools.product(range(start, len(original)), bits):
         changed = bytearray(original)
         changed[position] ^= 1 << bit
         path.write_bytes(changed)
@@ -169,8 +173,8 @@ def test_no_flipped_bit_of_a_weight_file_changes_a_number(tmp_path, bit):
             loaded += 1
         except utils.UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
-    # Most of such a small file is padding.
-    print(f"bit {bit}: {loaded} of {len(original)} load")
+    # Padding means nothing, nor do the times of entries.
+    print(f"{loaded} of {(len(original) - start) * len(bits)} load")
 
 
 class Call:

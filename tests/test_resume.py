@@ -44,12 +44,12 @@ def whole(tmp_path_factory, data_dir):
 class Whole:
     """An undisturbed run: its flags, its last line, and what it left in `output_dir`."""
 
-    def __init__(self, name, output_dir, data_dir, *flags):
+    def __init__(self, name, output_dir, data_dir, *flags, before=None):
         self.name, self.output_dir = name, output_dir
         self.flags = [*SMALL[name], "--data-dir", data_dir, "--device", "cpu", "--resume"]
         self.flags += ["--epochs", 2, *(flags or ["--batch-size", 16, "--max-steps", 3])]
         began = time.monotonic()
-        process = script(name, *self.flags, "--output-dir", output_dir)
+        process = self.script(output_dir, before=before)
         self.seconds = time.monotonic() - began
         assert (process.returncode, process.stderr) == (0, "")
         self.result, self.last_line = result(output_dir), process.stdout.splitlines()[-1]
@@ -190,6 +190,19 @@ def test_a_signal_stops_the_run_and_resume_ends_the_same(
         "the same command with --resume goes on\n"
     )
     run.assert_same_end(run.script(tmp_path), tmp_path)
+
+
+@slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_run_of_two_threads_stops_and_ends_the_same(tmp_path, data_dir, name):
+    """All other runs here have one."""
+    before = functools.partial(torch.set_num_threads, 2)
+    run = Whole(name, tmp_path / "whole", data_dir, before=before)
+    stopped = run.script(tmp_path / "run", "--max-minutes", 0.001, before=before)
+    assert stopped.returncode == utils.STOPPED
+    resumed = run.script(tmp_path / "run", before=before)
+    assert "CPU, 2 threads" in resumed.stdout
+    run.assert_same_end(resumed, tmp_path / "run")
 
 
 def interrupt_twice() -> None:
