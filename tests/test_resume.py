@@ -1,24 +1,21 @@
 """No run is ever lost: killed, stopped, starved of disk or handed rubbish, it ends the same."""
 
 import functools
-import itertools
 import json
 import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
-import stat
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from faults import at_batch, kill, kill_at_write, limit_files, spoil
 from helpers import call, contents, equal, result, script, without_pictures, write_binary
-from torch.nn.modules.module import register_module_forward_hook
 
 import engine
 import report
@@ -44,7 +41,7 @@ def whole(tmp_path_factory, data_dir):
 class Whole:
     """An undisturbed run: its flags, its last line, and what it left in `output_dir`."""
 
-    def __init__(self, name, output_dir, data_dir, *flags, before=None):
+    def __init__(self, name, output_dir, data_dir, *flags, before=without_pictures):
         self.name, self.output_dir = name, output_dir
         self.flags = [*SMALL[name], "--data-dir", data_dir, "--device", "cpu", "--resume"]
         self.flags += ["--epochs", 2, *(flags or ["--batch-size", 16, "--max-steps", 3])]
@@ -71,49 +68,6 @@ class Whole:
         expected = {*engine.RUN_FILES, *report.RUN_REPORTS, ".lock"}
         assert set(contents(output_dir)) | allowed == expected, "no temporary file is left"
         assert result(output_dir) == self.result
-
-
-def at_batch(number: int, action) -> None:
-    """Have `action()` called after the forward pass of batch `number` of this process, from 1."""
-    batches = itertools.count(1)
-
-    def hook(module, *_):
-        if isinstance(module, torch.nn.Linear) and next(batches) == number:
-            action()
-
-    register_module_forward_hook(hook)
-
-
-def kill() -> None:
-    """End this process as a power cut would."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_at_write(moment: str, number: int, part: float) -> None:
-    """Kill this process at a moment of its file number `number`, from 1.
-
-    "torn": `part` of the temporary file is on the disk; "whole": all of it, under its temporary
-    name; "renamed": under its own name, and nothing after that is done.
-    """
-    count = itertools.count(1)
-    fsync, replace = os.fsync, os.replace
-
-    def torn_fsync(descriptor):
-        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if moment == "torn" and is_file and next(count) == number:
-            os.truncate(descriptor, int(part * os.fstat(descriptor).st_size))
-            kill()
-        fsync(descriptor)
-
-    def cut_replace(source, target):
-        reached = moment != "torn" and next(count) == number
-        if reached and moment == "whole":
-            kill()
-        replace(source, target)
-        if reached:
-            kill()
-
-    os.fsync, os.replace = torn_fsync, cut_replace
 
 
 def draw_kill(rng: random.Random, seconds: float, batches: int, writes: int, kind: str) -> dict:
@@ -171,7 +125,7 @@ def test_a_run_killed_at_any_moment_ends_the_same(name, tmp_path, data_dir, pyte
 
 
 @pytest.mark.parametrize("name, number, batch, where", [
-    ("train_resnet", signal.SIGTERM, 1, "epoch 1 after 1 steps"),
+    pytest.param("train_resnet", signal.SIGTERM, 1, "epoch 1 after 1 steps", marks=slow),
     # Nothing is evaluated any more.
     ("train_resnet", signal.SIGUSR2, 2, "epoch 1 after 2 steps"),
     ("train_resnet", signal.SIGINT, 4, "epoch 2 after 1 steps"),
@@ -230,11 +184,6 @@ def test_a_chain_of_short_jobs_ends_the_same(whole, tmp_path, name):
     run.assert_same_end(job, tmp_path / "chain")
 
 
-def limit_files(megabytes: int) -> None:
-    """Have every write beyond a size fail in this process, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes * 2**20, megabytes * 2**20))
-
-
 @pytest.mark.parametrize("name, megabytes", [
     pytest.param("train_resnet", 1, marks=slow),
     ("train_resnet", 20),
@@ -265,6 +214,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@slow
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(whole, small_disk):
     """And where there is room for two checkpoints, though not for a third, each save succeeds."""
     run, output_dir = whole("train_resnet"), small_disk / "run"
@@ -283,7 +233,7 @@ def move_at_batches(path: Path, leave: int, come_back: int) -> None:
     at_batch(come_back, functools.partial(os.rename, away, path))
 
 
-@pytest.mark.parametrize("come_back", [4, 99])
+@pytest.mark.parametrize("come_back", [4, pytest.param(99, marks=slow)])
 def test_an_output_directory_that_vanishes_does_not_stop_the_training(whole, tmp_path, come_back):
     run, output_dir = whole("train_resnet"), tmp_path / "run"
     before = functools.partial(move_at_batches, output_dir, 1, come_back)
@@ -356,9 +306,7 @@ def test_a_disk_that_fails_to_read_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [
-    "flipped", "missing",
-    pytest.param("truncated", marks=slow),
-    pytest.param("text", marks=slow),
+    "flipped", *(pytest.param(damage, marks=slow) for damage in ("missing", "truncated", "text")),
 ])
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     whole, stopped, tmp_path, damage
@@ -372,16 +320,6 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
                          process.stdout)
     assert re.search(r"resume     after 1 epochs .* and 0 steps \(.*previous\.pt\)", process.stdout)
     whole("train_resnet").assert_same_end(process, output_dir)
-
-
-def spoil(path: Path, damage: str) -> None:
-    """Damage a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes({"truncated": content[: len(content) // 2], "flipped": content,
-                      "text": b"hello", "missing": b""}[damage])
-    if damage == "missing":
-        path.unlink()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "another dict", "part 2's"])

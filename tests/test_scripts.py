@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, contents, needs_cuda, script, without_pictures, write_binary
+from helpers import ROOT, contents, needs_cuda, result, script, without_pictures, write_binary
 
 import engine
 import models
@@ -26,7 +26,11 @@ EPOCH_LINE = re.compile(
     r"test loss \d+\.\d{3} acc +(\d+\.\d\d)% top5 +\d+\.\d\d%  \d+ img/s  \d+\.\d s  eta 0s$",
     re.MULTILINE,
 )
+slow = pytest.mark.slow
 both = pytest.mark.parametrize("name", SMALL)
+# Where the scripts share the code, and a run of each takes seconds.
+one_at_first = pytest.mark.parametrize("name", [
+    "train_resnet", pytest.param("finetune_resnet18", marks=slow)])
 
 
 def rows(output_dir):
@@ -42,12 +46,7 @@ def finished(tmp_path_factory):
     for name, flags in SMALL.items():
         output_dir = tmp_path_factory.mktemp(name) / "run"
         flags = [*SYNTHETIC, *flags, *SIX_STEPS, "--output-dir", output_dir]
-        if name == "train_resnet":
-            # Started as a user does, once.
-            command = map(str, [sys.executable, ROOT / f"{name}.py", *flags])
-            runs[name] = subprocess.run(command, capture_output=True, text=True), output_dir
-        else:
-            runs[name] = script(name, *flags), output_dir
+        runs[name] = script(name, *flags), output_dir
     return runs
 
 
@@ -98,7 +97,7 @@ def test_the_weights_load_strictly_and_the_state_safely(finished, name):
     assert state["optimizer"]["param_groups"][0]["lr"] < 1e-4, "and it ends at its end"
 
 
-@both
+@one_at_first
 def test_eval_only_prints_the_same_test_accuracy(finished, name):
     process, output_dir = finished[name]
     flags = [*SYNTHETIC, *SMALL[name], "--eval-only", "--output-dir", output_dir]
@@ -107,6 +106,19 @@ def test_eval_only_prints_the_same_test_accuracy(finished, name):
     test_part = re.search(r"test loss .* top5 +[\d.]+%", process.stdout)[0]
     lines = [line for line in evaluated.stdout.splitlines() if line.startswith("test ")]
     assert lines == [f"{test_part}  (1,000 synthetic images)"]
+
+
+@slow
+@both
+def test_a_script_started_by_python_itself_ends_the_same(finished, name, tmp_path):
+    """All other tests start it as a fork of a process that has imported torch."""
+    process, output_dir = finished[name]
+    flags = [*SYNTHETIC, *SMALL[name], *SIX_STEPS, "--output-dir", tmp_path]
+    command = list(map(str, [sys.executable, ROOT / f"{name}.py", *flags]))
+    started = subprocess.run(command, capture_output=True, text=True)
+    assert (started.returncode, started.stderr) == (0, "")
+    assert started.stdout.splitlines()[-1] == process.stdout.splitlines()[-1]
+    assert result(tmp_path) == result(output_dir)
 
 
 def test_a_held_out_split_is_printed_beside_the_test_set(tmp_path, arrays):
@@ -138,8 +150,7 @@ def test_a_run_is_not_overwritten_unless_asked(finished, name):
     assert contents(output_dir) == before
 
 
-@pytest.mark.parametrize("name", [
-    "train_resnet", pytest.param("finetune_resnet18", marks=pytest.mark.slow)])
+@one_at_first
 def test_overwrite_begins_anew(small, name, tmp_path):
     flags = [*small[name], "--max-steps", 1, "--output-dir", tmp_path / "run"]
     assert script(name, *flags, before=without_pictures).returncode == 0
@@ -161,7 +172,7 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert final and final[0] in again.stdout
 
 
-@both
+@one_at_first
 def test_a_diverging_run_stops_and_names_the_step(small, name, tmp_path):
     flags = [*small[name], "--max-steps", 4, "--lr", "1e30", "--output-dir", tmp_path / "run"]
     process = script(name, *flags)
