@@ -222,7 +222,7 @@ def _reflect(positions: Tensor) -> Tensor:
 
 def epoch_seed(seed: int, epoch: int) -> int:
     """Return 63 well-mixed bits that depend on (seed, epoch) alone."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]) >> 1
 
 
 def pictures(paths: list[Path]) -> tuple[Tensor, list[Path]]:
