@@ -40,6 +40,7 @@ Stats = tuple[tuple[float, ...], tuple[float, ...]]
 CIFAR100_STATS = (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_PADDING = 4  # pixels on each side before the random crop, He et al. 2015, section 4.2
+OFFSETS = 2 * CROP_PADDING + 1  # of a crop, in each direction
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -151,14 +152,18 @@ class Batches:
     def __init__(self, split: Split, batch_size: int, stats: Stats, runtime: Runtime,
                  size: int = 32):
         device = runtime.device
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        # A pixel's channels lie side by side, as the convolutions want them.
+        images = split.images.contiguous(memory_format=torch.channels_last)
+        self.images, self.labels = images.to(device), split.labels.to(device)
         self.batch_size, self.size = batch_size, size
         self.rank, self.ranks = runtime.rank, runtime.ranks
         self.steps_per_epoch = math.ceil(len(split.labels) / batch_size)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
         self.scale, self.shift = 1 / (255 * std), -mean / std
-        self.channels = torch.arange(3, device=device).view(1, 3, 1, 1)
-        self.pixels = torch.arange(32, device=device)
+        # The rows, or columns, that each offset of a crop takes, and then the same ones flipped.
+        padded = range(-CROP_PADDING, 32 + CROP_PADDING)
+        crops = torch.tensor([_reflect(pixel) for pixel in padded]).unfold(0, 32, 1)
+        self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x OFFSETS, 32)
         eager = self._augment_eagerly
         self._augment = torch.compile(eager, dynamic=False) if runtime.compile else eager
 
@@ -188,36 +193,32 @@ class Batches:
         count = len(self.labels)
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(count, generator=generator)
-        offsets = torch.randint(2 * CROP_PADDING + 1, (2, count), generator=generator)
+        down, right = torch.randint(OFFSETS, (2, count), generator=generator)
         flips = torch.randint(2, (count,), generator=generator)
-        columns = torch.stack([order, *offsets - CROP_PADDING, flips]).to(self.images.device)
+        columns = torch.stack([order, down, right + OFFSETS * flips]).to(self.images.device)
         for batch in columns.split(self.batch_size, dim=1)[start:]:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
             share = share if weight else batch[:, :1]
             yield self._augment(*share, size), self.labels[share[0]], weight
 
-    def _augment_eagerly(self, chosen: Tensor, down: Tensor, right: Tensor, flip: Tensor,
-                         size: int) -> Tensor:
+    def _augment_eagerly(self, chosen: Tensor, down: Tensor, right: Tensor, size: int) -> Tensor:
         """Pick, reflect-pad, crop and flip (B,) images in one gather; return them finished."""
-        rows = _reflect(self.pixels + down[:, None])  # (B, 32)
-        columns = _reflect(self.pixels + right[:, None])
-        columns = torch.where(flip[:, None] == 1, columns.flip(1), columns)
-        index = chosen[:, None, None, None], self.channels, rows[:, None, :, None]
-        return self._finish(self.images[(*index, columns[:, None, None, :])], size)
+        rows, columns = self.crops[down], self.crops[right]  # (B, 32)
+        images = self.images[chosen[:, None, None], :, rows[:, :, None], columns[:, None]]
+        return self._finish(images.permute(0, 3, 1, 2), size)
 
     def _finish(self, images: Tensor, size: int) -> Tensor:
         """Return images uint8 (B, 3, 32, 32) as normalised float32 (B, 3, size, size)."""
         images = images.float() * self.scale + self.shift
-        images = images.contiguous(memory_format=torch.channels_last)
         if size == images.shape[-1]:
             return images
         return F.interpolate(images, (size, size), mode="bilinear", antialias=size < 32)
 
 
-def _reflect(positions: Tensor) -> Tensor:
-    """Map pixel positions -31..62 into 0..31 by reflection at the outermost pixels."""
-    return 31 - (31 - positions.abs()).abs()
+def _reflect(pixel: int) -> int:
+    """Map a position from -31 to 62 into 0..31 by reflection at the outermost pixels."""
+    return 31 - abs(31 - abs(pixel))
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

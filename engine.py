@@ -35,6 +35,7 @@ log = logging.getLogger("cifar100")
 
 STARTED = time.monotonic()  # seconds; when torch was loaded, the start of --max-minutes
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
+SAVE_AFTER = 30  # seconds since the last save, from which on an epoch's end saves
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 TRAINED = ("model", "optimizer", "scheduler", "scaler")  # what a checkpoint holds of a Run
@@ -75,9 +76,10 @@ class Parser(argparse.ArgumentParser):
         output.add_argument("--debug", action="store_true", help="show the traceback of an error")
         add = self.add_argument_group("machine and job").add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-        add("--compile", action="store_true", help="torch.compile, for long runs on CUDA")
+        add("--compile", action="store_true",
+            help="torch.compile: minutes at the start (by estimate), for runs of an hour on CUDA")
         add("--checkpoint-minutes", type=bounded(float, 0), default=10, metavar="M",
-            help="save every M minutes within an epoch, and at its end")
+            help="save every M minutes within an epoch, beside its end")
         add("--max-minutes", type=bounded(float, 0.001), metavar="M",
             help="save and stop with exit status 75 before M minutes are over (batch jobs)")
 
@@ -159,6 +161,8 @@ class Position:
     step: int = 0  # optimizer steps done in the current epoch
     seconds: float = 0.0  # spent in the current epoch, evaluation included
     train_seconds: float = 0.0  # of its training part; 0 until that is done
+    slow_seconds: float = 0.0  # of the first step of each start, in which much is loaded, compiled
+    slow_steps: int = 0  # how many these were
     history: list[dict] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
 
 
@@ -187,9 +191,9 @@ class Clock:
         began, self.lap_began = self.lap_began, time.monotonic()
         return self.lap_began - began
 
-    def save_is_due(self) -> bool:
-        """Return whether the last save was --checkpoint-minutes ago."""
-        return time.monotonic() - self.saved > 60 * self.checkpoint_minutes
+    def save_is_due(self, seconds: float) -> bool:
+        """Return whether the last save was so long ago."""
+        return time.monotonic() - self.saved > seconds
 
     def out_of_time(self) -> bool:
         """Return whether --max-minutes leaves no time for one more step and a slow save."""
@@ -274,7 +278,7 @@ class Run:
         self.scaler, self.sizes = self.runtime.scaler(), sizes
         self.network = model  # what a training step calls
         if self.runtime.ranks > 1:
-            self.network = nn.parallel.DistributedDataParallel(model)
+            self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.clock.catch_signals()
         with utils.guard(f"{self.output_dir}: cannot be written", OSError,
                          "; name another place with --output-dir, or make room"):
@@ -332,19 +336,21 @@ class Run:
         """Return all that a continuation needs: tensors, numbers, strings, lists and dicts."""
         cuda = self.runtime.device.type == "cuda"
         of_rank = {"sums": self.sums.cpu(), "cpu_rng": torch.get_rng_state(),
-                   "cuda_rng": torch.cuda.get_rng_state(self.runtime.device) if cuda else None}
+                   "cuda_rng": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
+                   "statistics": [tensor.cpu() for tensor in self._statistics()]}
         origin = {name: self.config[name] for name in ("script", "settings", "torch", "runtime")}
         trained = {name: getattr(self, name).state_dict() for name in TRAINED}
         return {**origin, "data": self.checksum, "position": dataclasses.asdict(self.position),
                 "ranks": self.runtime.gather(of_rank), **trained}
 
     def _set_state(self, state: dict) -> None:
-        # Whether the optimizer is fused depends on this device, not on the old one.
-        fused = self.optimizer.param_groups[0]["fused"]
         for name in TRAINED:
             getattr(self, name).load_state_dict(state[name])
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused
+        # A momentum that is not laid out in memory as its weight is would slow every step down.
+        for weight, buffers in self.optimizer.state.items():
+            for name, buffer in buffers.items():
+                if getattr(buffer, "shape", None) == weight.shape:
+                    buffers[name] = torch.empty_like(weight).copy_(buffer)
         self.position = Position(**state["position"])
         if len(state["ranks"]) != self.runtime.ranks:
             # With another number of ranks, rank 0 takes the sums of all, so that they count once.
@@ -354,9 +360,23 @@ class Run:
             return
         of_rank = state["ranks"][self.runtime.rank]
         self.sums.copy_(of_rank["sums"])
+        for tensor, value in zip(self._statistics(), of_rank.get("statistics", ()), strict=False):
+            tensor.copy_(value)
         torch.set_rng_state(of_rank["cpu_rng"])
         if of_rank["cuda_rng"] is not None and self.runtime.device.type == "cuda":
             torch.cuda.set_rng_state(of_rank["cuda_rng"], self.runtime.device)
+
+    def _statistics(self) -> list[Tensor]:
+        """Return the batch norm statistics, which each rank has of its own share; none of one."""
+        if self.runtime.ranks == 1:
+            return []
+        return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+
+    def average_statistics(self) -> None:
+        """Give all ranks the mean of their batch norm statistics; all of them must call it."""
+        for tensor in self._statistics():
+            torch.distributed.all_reduce(tensor)
+            tensor /= self.runtime.ranks
 
     def rank_seed(self) -> int:
         """Return the seed of torch's global generator for this epoch on this rank."""
@@ -368,7 +388,7 @@ class Run:
         total = len(batches) if total is None else total
         with progress(batches, f"epoch {self.epoch + 1} {name}", self.runtime, done, total) as bar:
             drawn = iter(bar)
-            for _ in range(done, total):
+            for number in range(done, total):
                 # Before the batch is drawn: if it is random, it is the same after a resume.
                 self._stop_or_save()
                 began = time.monotonic()
@@ -376,14 +396,19 @@ class Run:
                 if batch is None:
                     raise UserError(f"no {name} batch {total}: an augmentation must yield them all")
                 yield batch
+                seconds = time.monotonic() - began
+                self.clock.step_seconds = max(self.clock.step_seconds, seconds)
                 if name == "train":
                     self.clock.progressed = True
-                self.clock.step_seconds = max(self.clock.step_seconds, time.monotonic() - began)
+                if name == "train" and number == done:
+                    self.position.slow_seconds += seconds
+                    self.position.slow_steps += 1
 
     def _stop_or_save(self) -> None:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
         clock = self.clock
-        mine = torch.tensor([clock.stop_signal or 0, clock.out_of_time(), clock.save_is_due()])
+        mine = torch.tensor([clock.stop_signal or 0, clock.out_of_time(),
+                             clock.save_is_due(60 * clock.checkpoint_minutes)])
         signum, out_of_time, save_is_due = self.runtime.reduce(mine, "MAX").tolist()
         if signum:
             self._stop(signal.Signals(int(signum)).name)
@@ -421,27 +446,38 @@ class Run:
         position.seconds += self.clock.lap()
         self._require_finite(sum(metrics.loss for metrics in results.values()))
         position.epoch += 1
+        rate = self._images_per_second(results["train"].images)
         row = {"dataset": self.config["dataset"], "epoch": self.epoch, "epochs": self.epochs,
                "image_size": self.sizes[self.epoch - 1],
                "lr": self.optimizer.param_groups[0]["lr"], **report.metric_columns(results),
-               "images_per_second": results["train"].images / position.train_seconds,
-               "seconds": position.seconds, "eta_seconds": self._seconds_left()}
+               "images_per_second": rate, "seconds": position.seconds,
+               "eta_seconds": self._seconds_left(results["train"].images / rate)}
         self.position = Position(self.epoch, history=[*position.history, row])
         self.sums.zero_()
         self.clock.progressed = True
         # First saved, then printed, or a killed run would print it again.
-        self._save_or_warn()
+        is_due = self.epoch == self.epochs or self.clock.save_is_due(SAVE_AFTER)
+        if self.runtime.broadcast(is_due):
+            self._save_or_warn()
         log.info(report.epoch_line(row))
 
-    def _seconds_left(self) -> float:
-        """Estimate the time that the epochs to come take, from the one that has just ended."""
+    def _images_per_second(self, images: int) -> float:
+        """Return the rate of this epoch's training, its slow steps left out if there are others."""
+        position = self.position
+        if position.slow_steps >= position.step:
+            return images / position.train_seconds
+        return (images * (1 - position.slow_steps / position.step)
+                / (position.train_seconds - position.slow_seconds))
+
+    def _seconds_left(self, training: float) -> float:
+        """Estimate the time of the epochs to come; the last one spent `training` on its images."""
         # The relative cost of each epoch: time was measured to grow as size^1.4 to size^1.7, and
         # --max-steps may cut the last epoch short.
         costs = [size**1.6 for size in self.sizes]
         costs[-1] *= self.total_steps / self.steps_per_epoch - (self.epochs - 1)
-        training, both = self.position.train_seconds, self.position.seconds
+        evaluation = self.position.seconds - self.position.train_seconds
         return (training * sum(costs[self.epoch :]) / costs[self.epoch - 1]
-                + (both - training) * (self.epochs - self.epoch))
+                + evaluation * (self.epochs - self.epoch))
 
     def save(self) -> None:
         """Write checkpoint.pt and metrics.csv; raises OSError if there is no new checkpoint."""
@@ -519,8 +555,8 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metr
     end = min(run.steps_per_epoch, run.total_steps - run.epoch * run.steps_per_epoch)
     for images, labels, weight in run.watch(batches, "train", run.step, end):
         with run.runtime.autocast():
-            logits = run.network(images)  # (B, classes)
-            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            logits = run.network(images).float()  # (B, classes)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         run.optimizer.zero_grad()
         run.scaler.scale(loss * weight).backward()
         run.scaler.step(run.optimizer)
@@ -528,19 +564,15 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metr
         run.scheduler.step()
         # A rank without a share trains on a filler image of weight 0, which does not count.
         if weight:
-            loss = loss.detach().float()
-            correct = (logits.argmax(1) == labels).sum()
-            count = torch.full_like(loss, len(labels))
-            run.sums += torch.stack([loss * len(labels), correct, count])
+            run.sums[0] += loss.detach() * len(labels)
+            run.sums[1] += (logits.argmax(1) == labels).sum()
+            run.sums[2] += len(labels)
         run.position.step += 1
         if run.step % CHECK_EVERY == 0:
             run.check_finite()
     run.check_finite()
     run.training_is_done()
-    if run.runtime.ranks > 1:
-        # Take rank 0's batch norm statistics: on CPUs each rank has its own.
-        for buffer in run.model.buffers():
-            torch.distributed.broadcast(buffer, 0)
+    run.average_statistics()
     loss_sum, correct, count = run.runtime.reduce(run.sums).tolist()
     return Metrics(loss_sum / count, correct / count, math.nan, int(count))
 

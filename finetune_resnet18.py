@@ -58,16 +58,13 @@ def parse_args() -> argparse.Namespace:
     return parser.read()
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace,
-                   runtime: utils.Runtime) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
     """Return SGD with a higher peak rate for the new head."""
     backbone = [p for name, p in model.named_parameters() if not name.startswith("fc.")]
     groups = [{"params": backbone, "lr": args.lr},
               {"params": list(model.fc.parameters()), "lr": HEAD_RATE * args.lr}]
-    # Not in fp16: if the scaler skips the first step, fused SGD starts from uninitialised momentum.
-    fused = runtime.device.type == "cuda" and runtime.dtype != torch.float16
     return torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=args.weight_decay,
-                           nesterov=True, fused=fused)
+                           nesterov=True)
 
 
 def main() -> None:
@@ -90,13 +87,13 @@ def main() -> None:
     torch.manual_seed(args.seed)
     with utils.rank_0_first():  # which downloads, if need be
         model = models.resnet18(args.weights, download=not args.no_download)
-    model = runtime.place(model)
+    model = runtime.place(model, args.batch_size)
     report.print_header(runtime, dataset, model)
 
     run = engine.Run(args, runtime, dataset, REQUIRED, train.steps_per_epoch)
     # At least 32 pixels: below, the bf16 gradients of oneDNN depend on what memory held before.
     sizes = engine.low_resolution_first(run.epochs, args.low_res, max(size // 2, 32), size)
-    optimizer = make_optimizer(model, args, runtime)
+    optimizer = make_optimizer(model, args)
     scheduler = engine.one_cycle(optimizer, run.total_steps)
     run.start(model, optimizer, scheduler, sizes)
     for epoch in range(run.epoch, run.epochs):

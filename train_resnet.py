@@ -58,13 +58,15 @@ class Muon(torch.optim.SGD):
 
     In a group with the key "muon" (the momentum), the gradient of each convolution (out, in, k, k)
     becomes a nearly orthogonal matrix (out, in k k), with no factor for its shape. All other groups
-    are plain SGD. The orthogonalisation computes in `dtype`, for all matrices of a shape at once,
-    which torch.optim.Muon does not.
+    are plain SGD. The orthogonalisation computes in `dtype`, and unlike torch.optim.Muon for many
+    matrices at once: for all of a shape, or with `pad` for all of as many rows, the narrower ones
+    padded with zeros. That is more arithmetic in fewer kernels, which is faster on a GPU alone.
     """
 
-    def __init__(self, groups: list[dict], dtype: torch.dtype):
+    def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False):
         super().__init__(groups)
-        self.dtype = dtype
+        self.dtype, self.pad = dtype, pad
+        self.zeros: dict[int, Tensor] = {}  # (widest, out), by out
 
     @torch.no_grad()
     def step(self) -> None:
@@ -74,33 +76,55 @@ class Muon(torch.optim.SGD):
         """
         for group in self.param_groups:
             if "muon" in group:
-                self._orthogonalize_gradients(group["params"], group["muon"])
+                weights = [weight for weight in group["params"] if weight.grad is not None]
+                self._orthogonalize_gradients(weights, group["muon"])
         super().step()
 
     def _orthogonalize_gradients(self, weights: list[Tensor], momentum: float) -> None:
-        same_shape = {}
+        batches = {}
         for weight in weights:
-            state = self.state[weight]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-            weight.grad.lerp_(state["momentum_buffer"], momentum)  # Nesterov's form
-            same_shape.setdefault(weight.shape, []).append(weight.grad)
-        for grads in same_shape.values():
-            matrices = torch.stack(grads).flatten(2)  # (convolutions, out, in k k)
-            for grad, matrix in zip(grads, orthogonalize(matrices, self.dtype), strict=True):
-                grad.copy_(matrix.view_as(grad))
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            batches.setdefault(len(weight) if self.pad else weight.shape, []).append(weight)
+        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+        grads = [weight.grad for weight in weights]
+        torch._foreach_lerp_(averages, grads, 1 - momentum)
+        torch._foreach_lerp_(grads, averages, momentum)  # Nesterov's form
+        orthogonal = self._padded if self.pad else self._of_one_shape
+        for batch in batches.values():
+            for weight, grad in zip(batch, orthogonal([w.grad for w in batch]), strict=True):
+                grad = grad.to(weight.dtype, memory_format=torch.channels_last)
+                # Only what lies between padding is copied once more: SGD wants dense gradients.
+                weight.grad = grad.contiguous(memory_format=torch.channels_last)
+
+    def _of_one_shape(self, grads: list[Tensor]) -> Tensor:
+        stacked = torch.stack(grads)  # (N, out, in, k, k)
+        return orthogonalize(stacked.flatten(2), self.dtype).view(stacked.shape)
+
+    def _padded(self, grads: list[Tensor]) -> list[Tensor]:
+        # The columns are in the order of k, k, in, which is that of channels-last memory.
+        parts = [grad.permute(2, 3, 1, 0).flatten(0, 2) for grad in grads]  # (k k in, out)
+        rows, widest = len(grads[0]), max(map(len, parts))
+        if rows not in self.zeros:
+            self.zeros[rows] = parts[0].new_zeros(widest, rows)
+        padded = [(part, self.zeros[rows][: widest - len(part)]) for part in parts]
+        matrices = torch.cat([half for pair in padded for half in pair])
+        matrices = matrices.view(-1, widest, rows).mT  # (N, out, widest)
+        matrices = orthogonalize(matrices, self.dtype).to(grads[0].dtype)
+        return [matrix[:, : len(part)].view(grad.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+                for matrix, part, grad in zip(matrices, parts, grads, strict=True)]
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring the singular values of (N, rows, columns) near 1, and keep the singular vectors.
 
-    By five Newton-Schulz iterations U S V' becomes about U V'. The coefficients of
-    x -> a x + b x^3 + c x^5 are Jordan's.
+    By five Newton-Schulz iterations U S V' becomes about U V'; columns of zeros stay zeros. The
+    coefficients of x -> a x + b x^3 + c x^5 are Jordan's.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT, dtype).mT
-    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
+    x = torch.empty_like(matrices, dtype=dtype)
+    torch.div(matrices, matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7), out=x)
     for _ in range(5):
         gram = x @ x.mT
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
@@ -121,7 +145,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Ru
     groups = [{"params": convolutions, **muon},
               {"params": [model.fc.weight], "weight_decay": HEAD_DECAY, **sgd},
               {"params": vectors, **sgd}]
-    return Muon(groups, torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32)
+    return Muon(groups, runtime.dtype, pad=runtime.device.type != "cpu")
 
 
 def main() -> None:
@@ -140,7 +164,7 @@ def main() -> None:
                  for name, split in dataset.evaluated().items()}
 
     torch.manual_seed(args.seed)
-    model = runtime.place(models.ResNet())
+    model = runtime.place(models.ResNet(), args.batch_size)
     report.print_header(runtime, dataset, model)
 
     run = engine.Run(args, runtime, dataset, REQUIRED, train.steps_per_epoch)

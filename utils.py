@@ -37,6 +37,8 @@ FAILED, USER_ERROR, STOPPED = 1, 2, 75
 
 # What schedulers and the job files send, beside Ctrl-C. Windows has no SIGUSR2.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+# Images of a rank from which on its batch norm needs no others, Wu & He 2018, arXiv:1803.08494.
+FEW_IMAGES = 32
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,8 +80,10 @@ def run_script(main: Callable[[], None]) -> None:
     # File names can hold characters that stdout cannot show; stdout may be closed, or not a file.
     with contextlib.suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # In fp16 the first step may overflow and be skipped; torch then warns of a wrong order.
-    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+    # In fp16 the first step may overflow and be skipped; torch then warns of a wrong order. And of
+    # 1x1 convolutions, whose gradients are laid out in another way than their weights.
+    for message in ("Detected call of .lr_scheduler.step", "Grad strides do not match bucket view"):
+        warnings.filterwarnings("ignore", message)
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.WARNING if process_rank() else logging.INFO)
     # A full disk under the log must not end the training.
@@ -118,7 +122,12 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if _in_group() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return f"another rank has ended ({one_line(error)[:200]})", FAILED
+        # The cause stands at the end of NCCL's message.
+        return f"another rank has ended ({one_line(error)[-200:]})", FAILED
+    if _in_group():
+        # The interpreter's own end could wait forever for kernels that are under way.
+        traceback.print_exception(error)
+        return "a fault of the program, see the traceback", FAILED
     raise error
 
 
@@ -376,14 +385,23 @@ class Runtime(NamedTuple):
         """Return a gradient scaler, which does nothing unless the precision is fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device, and compile it in place; its state_dict stays the same."""
+    def place(self, model: nn.Module, batch_size: int = 0) -> nn.Module:
+        """Move `model` to the device, and compile it in place; its state_dict stays the same.
+
+        Batch norm is of each rank's own images, if these are enough of a batch of `batch_size`.
+        """
         model.to(self.device, memory_format=torch.channels_last)
-        # In place; the CPU has no synchronised batch norm.
-        if self.ranks > 1 and self.device.type == "cuda":
+        # In place. It waits for the device three times a layer, and the CPU does not have it.
+        if self.device.type == "cuda" and 0 < batch_size < FEW_IMAGES * self.ranks > FEW_IMAGES:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if self.compile:
+            _fall_back_to_eager()
             model.compile(dynamic=False)
+        elif self.device.type != "cpu":
+            # Batch norms count their batches; on the host that launches no kernel.
+            for module in model.modules():
+                if getattr(module, "num_batches_tracked", None) is not None:
+                    module.num_batches_tracked = module.num_batches_tracked.cpu()
         return model
 
     def reduce(self, values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
@@ -421,24 +439,72 @@ class Runtime(NamedTuple):
 
 def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
     """Set up this process for these flags and return its Runtime; raises UserError."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and launched():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(device)
-        # This fails on a chip that this PyTorch does not support.
-        torch.ones(1, device=device).sum().item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"--device {device}: is not available ({reason}); try --device cpu") from error
+    device = find_device(device)
     dtype = fastest_dtype(device) if precision == "auto" else PRECISIONS[precision]
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda":
+        compute_deterministically()
     torch.set_float32_matmul_precision("high")  # TF32, where the chip has it
-    torch.backends.cudnn.deterministic = True  # a resumed run must compute the same bits
     return Runtime(device, dtype, compile_model, *join_ranks(device))
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of this process that --device names; raises UserError if it is missing."""
+    if name == "auto":
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        for reason in [one_line(warning.message) for warning in told][:1]:
+            log.info(f"note       the GPU is not used ({reason[:200]}){_remedy(reason)}")
+    if name.startswith("cuda:") and launched():
+        raise UserError(f"--device {name}: torchrun gives each process a GPU; say --device cuda")
+    if name == "cuda" and launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        if device.index is not None:
+            # First of all, or each process would take memory of the first GPU, too.
+            torch.cuda.set_device(device)
+        # This fails on a chip that this PyTorch does not support.
+        torch.ones(1, device=device).sum().item()
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        remedy = _remedy(reason) or "; try --device cpu"
+        raise UserError(f"--device {name}: is not available ({reason}){remedy}") from error
+
+
+def _remedy(reason: str) -> str:
+    """Return what to do if torch is too new for the GPU or its driver, else nothing."""
+    if re.search("driver.* too old|no kernel image", reason):
+        return "; install a torch for CUDA 12 (README.md, 'On a GPU'), or say --device cpu"
+    return ""
+
+
+def compute_deterministically() -> None:
+    """Have CUDA compute the same bits each time, so that a resumed run ends as it would have."""
+    torch.backends.cudnn.deterministic = True
+    # cuBLAS reads it when it starts; torch asks for it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # An operation that cannot is told by a warning. Of compiled code, which chooses reductions by
+    # timing them, this makes the choice a fixed one.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def _fall_back_to_eager() -> None:
+    """Have a compiler that fails cost a line in the log instead of the run."""
+    import torch._dynamo
+
+    def tell(record: logging.LogRecord) -> bool:
+        errors = re.findall(r"^[\w.]+: .+", record.getMessage(), re.MULTILINE)
+        reason = errors[-1] if errors else record.getMessage()
+        log.info(f"note       not compiled, so it runs eagerly ({one_line(reason)[:200]})")
+        return False
+
+    torch._dynamo.config.suppress_errors = True
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -467,16 +533,14 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
     """Join the other processes of torchrun; return (rank, ranks), which is (0, 1) without it."""
     if not launched():
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     # torchrun itself leaves one thread to each process. This is Linux only.
-    elif hasattr(os, "sched_getaffinity"):
+    if device.type == "cpu" and hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-    # gloo beside NCCL: what the hosts agree on does not wait for the devices. The others may wait
-    # an hour for rank 0's download; torchrun notices at once when a rank dies.
+    # gloo beside NCCL: what the hosts agree on does not wait for the devices. A node that is gone
+    # is noticed after this time at the latest; torchrun notices at once when a process dies.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(hours=3))
+                            timeout=datetime.timedelta(minutes=10))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -486,12 +550,16 @@ def _in_group() -> bool:
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Run the block in rank 0 first; then the other ranks run it."""
-    if _in_group() and process_rank() != 0:
-        dist.broadcast_object_list([None])
+    """Run the block, a download of up to three hours, in rank 0 first; then in the other ranks."""
+    if not _in_group():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=3))
+    if process_rank() != 0:
+        dist.broadcast_object_list([None], group=group)
     yield
-    if _in_group() and process_rank() == 0:
-        dist.broadcast_object_list([None])
+    if process_rank() == 0:
+        dist.broadcast_object_list([None], group=group)
 
 
 def keep_freed_memory() -> None:

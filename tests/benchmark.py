@@ -39,7 +39,7 @@ import models
 import utils
 
 NORMAL = 184e9  # FLOP/s of the product of two float32 matrices of 2048 x 2048
-IMAGES = 2000  # of random pixels; a multiple of both batch sizes
+IMAGES = 50_000  # of random pixels; as many as in an epoch, so orders are drawn as rarely
 # For a pixel of the input; where a map's side is odd there are a few more.
 MULTIPLY_ADDS = {"train_resnet": 214.8e6 / 32**2, "finetune_resnet18": 1814e6 / 224**2}
 # The small and the full side of the training images, in pixels; the test images are of full size.
@@ -75,7 +75,9 @@ def our_tasks(name: str, flags: list[str], images: data.Split) -> list[Task]:
     runtime = utils.choose_runtime(args.device, args.precision, args.compile)
     model = models.ResNet() if name == "train_resnet" else models.resnet18("random")
     model = runtime.place(model)
-    optimizer, scaler = script.make_optimizer(model, args, runtime), runtime.scaler()
+    # Part 1's optimizer depends on the device and the precision.
+    extra = [runtime] if name == "train_resnet" else []
+    optimizer, scaler = script.make_optimizer(model, args, *extra), runtime.scaler()
     scheduler = engine.one_cycle(optimizer, 10**6)
     small, full = SIZES[name]
     batches = data.Batches(images, args.batch_size, script.STATS, runtime)

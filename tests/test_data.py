@@ -314,11 +314,12 @@ def test_the_gather_equals_reflect_padding_crop_and_flip(runtime, flip):
     batches = data.Batches(split, 10, PLAIN, runtime)
     padded = F.pad(split.images.float(), (4, 4, 4, 4), mode="reflect").byte()
     chosen, ones = torch.tensor([3, 99, 0]), torch.ones(3, dtype=torch.long)
-    for down in range(-4, 5):
-        for right in range(-4, 5):
-            expected = padded[chosen, :, 4 + down : 36 + down, 4 + right : 36 + right]
+    for down in range(9):
+        for right in range(9):
+            expected = padded[chosen, :, down : 32 + down, right : 32 + right]
             expected = expected.flip(3) if flip else expected
-            got = batches._augment(chosen, down * ones, right * ones, flip * ones, 32)
+            got = batches._augment(chosen, down * ones, (right + 9 * flip) * ones, 32)
+            assert got.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal((255 * got).round().byte(), expected)
 
 

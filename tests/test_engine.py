@@ -45,6 +45,12 @@ def parse(monkeypatch, tmp_path):
     return parse_flags
 
 
+def make_optimizer(script, model, args, runtime) -> torch.optim.Optimizer:
+    """Return a script's own optimizer. Part 1's depends on the device and the precision."""
+    extra = [runtime] if script.__name__ == "train_resnet" else []
+    return script.make_optimizer(model, args, *extra)
+
+
 def begin(args, runtime, steps, model, optimizer, sizes) -> tuple[engine.Run, data.Batches]:
     """Start a run of epochs of so many steps of 10 images; return it and its batches."""
     images = torch.zeros(10 * steps, 3, 32, 32, dtype=torch.uint8)
@@ -65,7 +71,7 @@ def make_run(parse, monkeypatch):
         network, low, full = PARTS[name]
         model = network().to(runtime.device)
         sizes = engine.low_resolution_first(args.epochs, args.low_res, low, full)
-        optimizer = script.make_optimizer(model, args, runtime)
+        optimizer = make_optimizer(script, model, args, runtime)
         return begin(args, runtime, steps, model, optimizer, sizes)
 
     return make
@@ -198,8 +204,8 @@ def test_a_step_that_overflows_in_fp16_changes_nothing(name, parse):
     """The scaler begins with a scale that is too high more often than not."""
     script, args = parse(name)
     model = PARTS[name][0]()
-    optimizer = script.make_optimizer(
-        model, args, utils.Runtime(torch.device("cuda"), torch.float16))
+    runtime = utils.Runtime(torch.device("cuda"), torch.float16)
+    optimizer = make_optimizer(script, model, args, runtime)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     before = {key: value.clone() for key, value in model.state_dict().items()}

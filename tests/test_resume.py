@@ -38,6 +38,13 @@ def whole(tmp_path_factory, data_dir):
     return functools.cache(lambda name: Whole(name, tmp_path_factory.mktemp(name), data_dir))
 
 
+def set_save_after(seconds, before) -> None:
+    """Prepare a process in which the end of an epoch saves after so many seconds."""
+    engine.SAVE_AFTER = seconds
+    if before:
+        before()
+
+
 class Whole:
     """An undisturbed run: its flags, its last line, and what it left in `output_dir`."""
 
@@ -51,9 +58,13 @@ class Whole:
         assert (process.returncode, process.stderr) == (0, "")
         self.result, self.last_line = result(output_dir), process.stdout.splitlines()[-1]
 
-    def script(self, output_dir, *flags, before=without_pictures, **kwargs):
-        """Run the same command line for another output directory, perhaps with free flags."""
+    def script(self, output_dir, *flags, before=without_pictures, save_after=0, **kwargs):
+        """Run the same command line for another output directory, perhaps with free flags.
+
+        Epochs of a second are saved as those of half a minute are, unless `save_after` is longer.
+        """
         flags = [*self.flags, "--output-dir", output_dir, *flags]
+        before = functools.partial(set_save_after, save_after, before)
         return script(self.name, *flags, before=before, **kwargs)
 
     def assert_same_end(self, process, output_dir):
@@ -106,6 +117,19 @@ def test_a_run_killed_in_five_ways_ends_the_same(whole, tmp_path):
     draw = functools.partial(draw_kill, random.Random(0), run.seconds / 2, 2, 4)
     kill_and_resume(run, draw, counts, len(KILLS), tmp_path, *EVERY_STEP)
     assert set(counts.values()) == {1}
+
+
+def test_a_kill_costs_the_short_epochs_since_the_last_save(whole, tmp_path):
+    """They are not saved one by one: the log tells them again, and the end is the same."""
+    run = whole("train_resnet")
+    in_second_epoch = functools.partial(at_batch, 4, kill)
+    killed = run.script(tmp_path, before=in_second_epoch, save_after=engine.SAVE_AFTER)
+    assert killed.returncode == -signal.SIGKILL and "epoch  1/2" in killed.stdout
+    assert not (tmp_path / "checkpoint.pt").exists()
+    process = run.script(tmp_path, save_after=engine.SAVE_AFTER)
+    assert "epoch  1/2" in process.stdout
+    assert not (tmp_path / "checkpoint-previous.pt").exists(), "only the last epoch is saved"
+    run.assert_same_end(process, tmp_path)
 
 
 @slow
@@ -373,7 +397,10 @@ def test_a_run_that_the_code_of_before_stopped_ends_the_same(whole, stopped, tmp
         state = utils.load_tensors(output_dir / name)
         assert list(state) == ["script", "settings", "torch", "runtime", "data", "position",
                                "ranks", "model", "optimizer", "scheduler", "scaler"]
+        for name_since in ("slow_seconds", "slow_steps"):
+            del state["position"][name_since]
         assert list(state["position"]) == ["epoch", "step", "seconds", "train_seconds", "history"]
+        assert [ranks.pop("statistics") for ranks in state["ranks"]] == [[]]
         assert "recipe" not in state["settings"]
         for row in state["position"]["history"]:
             del row["image_size"]

@@ -183,11 +183,15 @@ def test_where_there_are_no_locks_everyone_gets_one(tmp_path, monkeypatch):
 def gpu(monkeypatch):
     """Have torch believe that there is a GPU; returns a function that sets its capability."""
     monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
 
     def of_capability(*capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    return of_capability
+    yield of_capability
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("capability, expected", [
