@@ -80,9 +80,11 @@ def run_script(main: Callable[[], None]) -> None:
     # File names can hold characters that stdout cannot show; stdout may be closed, or not a file.
     with contextlib.suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # In fp16 the first step may overflow and be skipped; torch then warns of a wrong order. And of
-    # 1x1 convolutions, whose gradients are laid out in another way than their weights.
-    for message in ("Detected call of .lr_scheduler.step", "Grad strides do not match bucket view"):
+    # What torch warns of without need: the order of calls where in fp16 the first step is skipped;
+    # 1x1 convolutions, whose gradients lie in memory as their weights do but for sides of one;
+    # and the old name of a keyword, for torch 2.6 does not know the new one.
+    for message in ("Detected call of .lr_scheduler.step", "Grad strides do not match bucket view",
+                    ".broadcast_buffers. is deprecated"):
         warnings.filterwarnings("ignore", message)
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.WARNING if process_rank() else logging.INFO)
@@ -127,7 +129,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if _in_group():
         # The interpreter's own end could wait forever for kernels that are under way.
         traceback.print_exception(error)
-        return "a fault of the program, see the traceback", FAILED
+        return "a fault of the program; its traceback stands above", FAILED
     raise error
 
 

@@ -2,6 +2,8 @@
 
     python tests/benchmark.py                  10 s for each number in each of 3 rounds
     python tests/benchmark.py --device cuda    adds the time in which the device is busy
+    python tests/benchmark.py --against ../before --batch-size 50
+                                               the ratio to the code of another checkout
     python tests/benchmark.py --time python train_resnet.py --epochs 5
                                                minutes of a command, also normalised: those of a
                                                machine that multiplies matrices at 184 GFLOP/s
@@ -16,6 +18,7 @@ worker for each core, PIL transforms, float32, SGD, no compilation.
 import argparse
 import functools
 import importlib
+import inspect
 import itertools
 import statistics
 import subprocess
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -34,10 +38,10 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-import engine
 import models
 import utils
 
+ROOT = Path(__file__).parents[1]
 NORMAL = 184e9  # FLOP/s of the product of two float32 matrices of 2048 x 2048
 IMAGES = 50_000  # of random pixels; as many as in an epoch, so orders are drawn as rarely
 # For a pixel of the input; where a map's side is odd there are a few more.
@@ -67,17 +71,29 @@ def matrix_product(device: torch.device, dtype: torch.dtype, size: int = 2048) -
     return Task(f"matrix product, {name}", run, 1, 2 * size**3)
 
 
-def our_tasks(name: str, flags: list[str], images: data.Split) -> list[Task]:
+def modules_of(checkout: Path) -> SimpleNamespace:
+    """Import the modules of a checkout, beside those of others of the same names."""
+    names = ("utils", "models", "data", "report", "engine", *SIZES)
+    others = {name: sys.modules.pop(name, None) for name in names}
+    sys.path.insert(0, str(checkout))
+    found = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    sys.path.pop(0)
+    sys.modules.update({name: module for name, module in others.items() if module})
+    return found
+
+
+def our_tasks(code: SimpleNamespace, name: str, flags: list[str], images: data.Split) -> list[Task]:
     """Return the training of a script at each of its sizes, and its evaluation."""
     sys.argv = [name, *flags, "--output-dir", tempfile.gettempdir() + "/no run is here"]
-    script = importlib.import_module(name)
+    script, engine, data = getattr(code, name), code.engine, code.data
     args = script.parse_args()
-    runtime = utils.choose_runtime(args.device, args.precision, args.compile)
-    model = models.ResNet() if name == "train_resnet" else models.resnet18("random")
+    runtime = code.utils.choose_runtime(args.device, args.precision, args.compile)
+    model = code.models.ResNet() if name == "train_resnet" else code.models.resnet18("random")
     model = runtime.place(model)
-    # Part 1's optimizer depends on the device and the precision.
-    extra = [runtime] if name == "train_resnet" else []
-    optimizer, scaler = script.make_optimizer(model, args, *extra), runtime.scaler()
+    # Muon depends on the device and the precision.
+    wanted = len(inspect.signature(script.make_optimizer).parameters)
+    optimizer = script.make_optimizer(*(model, args, runtime)[:wanted])
+    scaler = runtime.scaler()
     scheduler = engine.one_cycle(optimizer, 10**6)
     small, full = SIZES[name]
     batches = data.Batches(images, args.batch_size, script.STATS, runtime)
@@ -211,6 +227,18 @@ def print_table(tasks: list[Task], products: list[Task], rates: list[float], col
         print(f"{task.name:36} {shown} {flop / 1e9:9.0f} {shares} {column}")
 
 
+def compare(flags: list[str], images: data.Split, args: argparse.Namespace,
+            device: torch.device) -> None:
+    """Print how many times as fast each task of both scripts is as in the other checkout."""
+    for name in SIZES:
+        before, after = (our_tasks(modules_of(checkout), name, flags, images)
+                         for checkout in (args.against, ROOT))
+        rates, _ = measure([*before, *after], args, device)
+        for task, old, new in zip(after, rates, rates[len(before):], strict=False):
+            print(f"{task.name:36} batch {task.batch_size:4}  {old:8.1f} -> {new:8.1f} images/s"
+                  f"  ratio {new / old:.3f}", flush=True)
+
+
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -218,6 +246,8 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="of both scripts; auto: theirs")
     parser.add_argument("--seconds", type=float, default=10, help="for a number in a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", help="of training in both scripts; else theirs")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="only compare with it")
     parser.add_argument("--time", nargs=argparse.REMAINDER, help="only time this command")
     args = parser.parse_args()
     if args.time:
@@ -227,7 +257,11 @@ def main() -> None:
     images = data.Split(torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8),
                         torch.arange(IMAGES) % data.CLASSES)
     flags = ["--device", args.device, "--precision", args.precision]
-    part1, part2 = (our_tasks(name, flags, images) for name in SIZES)
+    flags += ["--batch-size", args.batch_size] if args.batch_size else []
+    if args.against:
+        compare(flags, images, args, device)
+        return
+    part1, part2 = (our_tasks(modules_of(ROOT), name, flags, images) for name in SIZES)
     products = [matrix_product(device, dtype)
                 for dtype in dict.fromkeys((torch.float32, runtime.dtype))]
     plain, (_, ours, _) = plain_loop(device, images, part1[0].batch_size), part1

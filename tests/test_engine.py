@@ -271,6 +271,30 @@ def test_the_eta_knows_small_images_short_epochs_and_evaluations(runtime, make_r
         assert (row["images_per_second"], row["seconds"], row["image_size"]) == (10, 80, low)
 
 
+def test_the_rate_leaves_out_the_first_step_of_each_start(runtime, make_run, monkeypatch):
+    """In which libraries start and the network is compiled; an epoch of one step has only that."""
+    monkeypatch.setattr(engine.Run, "save", lambda run: None)
+    monkeypatch.setattr(engine.Clock, "lap", lambda clock: 0)
+    run, _ = make_run("train_resnet", runtime, 4, "--epochs", 2)
+    for steps, slow, rate in ((4, 1, 75 / 10), (4, 2, 50 / 10), (1, 1, 100 / 70)):
+        run.position = engine.Position(step=steps, seconds=90, train_seconds=70, slow_seconds=60,
+                                       slow_steps=slow)
+        run.end_epoch({"train": Metrics(1, 0.5, 0.5, 100)})
+        (row,) = run.position.history
+        assert row["images_per_second"] == pytest.approx(rate)
+        # Evaluation takes 20 of the 90 seconds.
+        assert row["eta_seconds"] == pytest.approx(100 / rate * (32 / 20) ** 1.6 + 20)
+
+
+def test_a_step_is_timed_from_its_batch_on(runtime, make_run):
+    run, batches = make_run("train_resnet", runtime, 3)
+    for start, slow_steps in ((0, 1), (2, 2)):
+        run.position.step = start
+        engine.train_one_epoch(run, batches.shuffled(0, 0, start, 8), 0.1)
+        assert run.position.slow_steps == slow_steps
+        assert 0 < run.position.slow_seconds < run.position.train_seconds
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_only_a_terminal_gets_a_progress_bar(runtime, make_run, monkeypatch, terminal):
     """It begins where the epoch does, after a resumption too, and ends at its last batch."""

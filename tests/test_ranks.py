@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import importlib
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -31,8 +33,11 @@ BATCHES = [(12, 0), (13, 3), (99, 1)]
 slow = pytest.mark.slow
 
 
-def in_ranks(ranks: int, function, *arguments) -> list[CompletedProcess]:
-    """Call a module's function in so many processes, which believe that torchrun started them."""
+def in_ranks(ranks: int, function, *arguments, status: int = 0) -> list[CompletedProcess]:
+    """Call a module's function in so many processes, which believe that torchrun started them.
+
+    All must end with this exit status.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,7 +45,7 @@ def in_ranks(ranks: int, function, *arguments) -> list[CompletedProcess]:
         begin = [functools.partial(join, rank, ranks, port) for rank in range(ranks)]
         calls = [pool.submit(call, function, *arguments, before=before) for before in begin]
         processes = [future.result() for future in calls]
-    assert [process.returncode for process in processes] == [0] * ranks, processes
+    assert [process.returncode for process in processes] == [status] * ranks, processes
     return processes
 
 
@@ -246,6 +251,90 @@ def test_batch_norm_is_synchronised_where_a_rank_has_few_images(
     utils.Runtime(torch.device(device), torch.float32, ranks=2).place(model, batch_size)
     kinds = [type(module) for module in model.modules()]
     assert kinds.count(torch.nn.SyncBatchNorm) == synchronised
+
+
+def save_statistics(path: Path) -> None:
+    """Save the batch norm statistics before and after they are averaged, and a checkpoint's."""
+    runtime = choose_cpu()
+    run = engine.Run.__new__(engine.Run)
+    run.runtime, run.model = runtime, models.ResNet().train()
+    run.model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(runtime.rank)))
+    before = [tensor.clone() for tensor in run._statistics()]
+    run.average_statistics()
+    torch.save((before, run._statistics()), path / str(runtime.rank))
+
+
+def test_batch_norm_statistics_are_averaged_over_the_ranks(tmp_path):
+    in_ranks(2, save_statistics, tmp_path)
+    (one, after), (other, same) = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert len(one) == 2 * 28 and not torch.equal(one[0], other[0])
+    for parts in zip(one, other, after, same, strict=True):
+        torch.testing.assert_close((parts[0] + parts[1]) / 2, parts[2])
+        assert torch.equal(parts[2], parts[3])
+
+
+def count_collectives(path: Path) -> None:
+    """Print which collectives the third and fourth steps of an epoch of five do.
+
+    The second one's also order the gradients anew, once and for all.
+    """
+    sys.argv = ["train_resnet", "--output-dir", str(path), "--epochs", "1"]
+    args = importlib.import_module("train_resnet").parse_args()
+    runtime = choose_cpu()
+    split = data.Split(torch.zeros(50, 3, 32, 32, dtype=torch.uint8), torch.arange(50))
+    run = engine.Run(args, runtime, data.Dataset("none", split, split, (), ""), 60, 5)
+    model = models.ResNet()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run.start(model, optimizer, engine.one_cycle(optimizer, 5), [8])
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def profiled(batches):
+        for step, batch in enumerate(batches):
+            if step == 2:
+                profiler.start()
+            if step == 4:
+                profiler.stop()
+            yield batch
+
+    batches = data.Batches(split, 10, PLAIN, runtime).shuffled(0, 0, 0, 8)
+    engine.train_one_epoch(run, profiled(batches), 0.1)
+    print([(event.key, event.count) for event in profiler.key_averages() if "gloo" in event.key])
+
+
+def test_a_step_costs_two_collectives_for_gradients_and_one_to_agree(tmp_path):
+    """The gradients come in two buckets. No buffer is broadcast."""
+    printed = {process.stdout for process in in_ranks(2, count_collectives, tmp_path)}
+    assert printed == {"[('gloo:all_reduce', 6)]\n"}
+
+
+def raise_in_one_rank() -> None:
+    """As a script: rank 1 meets a fault of the code while rank 0 waits for it."""
+    def main():
+        if choose_cpu().rank:
+            raise ZeroDivisionError("a fault")
+        dist.all_reduce(torch.zeros(1))
+
+    utils.run_script(main)
+
+
+def test_a_fault_in_one_rank_ends_all_at_once():
+    """With its traceback, and without the interpreter's own end, which could hang."""
+    began = time.monotonic()
+    waiting, faulty = in_ranks(2, raise_in_one_rank, status=utils.FAILED)
+    assert time.monotonic() - began < 60
+    assert "Traceback" in faulty.stderr and "ZeroDivisionError: a fault" in faulty.stderr
+    assert faulty.stderr.endswith("(rank 1): a fault of the program; its traceback stands above\n")
+    assert "another rank has ended (" in waiting.stderr and waiting.stderr.count("\n") == 1
+
+
+def test_of_a_long_message_the_end_is_kept(monkeypatch):
+    """There NCCL names the cause."""
+    monkeypatch.setattr(utils, "_in_group", lambda: True)
+    error = dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:4300, " + 50 * "internal "
+                                  + "Last error: socketProgress: Connection closed by remote peer")
+    line, status = utils.explain(error)
+    assert line.endswith("Connection closed by remote peer)") and len(line) < 250
+    assert status == utils.FAILED
 
 
 def test_the_group_is_not_joined_without_torchrun():

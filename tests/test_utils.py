@@ -1,14 +1,17 @@
 """What all else builds on: errors and exit statuses, numbers, files, and where to compute."""
 
 import argparse
+import logging
 import os
 import pickle
 import sys
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from helpers import call, contents, equal
 
 import utils
@@ -232,6 +235,86 @@ def test_each_process_of_torchrun_gets_a_gpu_of_its_own(gpu, monkeypatch):
     assert (utils.launched(), utils.process_rank()) == (True, 5)
     runtime = utils.choose_runtime("cuda", "auto", False)
     assert (str(runtime.device), runtime.rank, runtime.ranks) == ("cuda:1", 5, 8)
+
+
+def test_under_torchrun_a_gpu_is_not_named(monkeypatch):
+    """Or all processes would share it."""
+    for name, value in (("TORCHELASTIC_RUN_ID", "run"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(utils.UserError, match="--device cuda:1: torchrun gives each process a GPU"):
+        utils.choose_runtime("cuda:1", "auto", False)
+
+
+def test_the_gpu_is_chosen_before_it_is_used(monkeypatch):
+    """Else each process takes memory of the first GPU, which an exclusive one refuses."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: calls.append("used") or torch.zeros(1))
+    utils.find_device("cuda:1")
+    assert calls == ["cuda:1", "used"]
+
+
+TOO_OLD = ("The NVIDIA driver on your system is too old (found version 12020). Please update your "
+           "GPU driver by downloading and installing a new version from the URL: ...")
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel ..."
+
+
+@pytest.mark.parametrize("reason", [TOO_OLD, NO_KERNEL])
+def test_a_torch_too_new_for_the_gpu_is_told_with_its_remedy(monkeypatch, reason):
+    def fail(*_, **__):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch, "ones", fail)
+    with pytest.raises(utils.UserError) as caught:
+        utils.find_device("cuda")
+    message = str(caught.value)
+    assert message.endswith("; install a torch for CUDA 12 (README.md, 'On a GPU'), or say "
+                            "--device cpu")
+    assert reason.partition("\n")[0][:60] in message and "\n" not in message
+
+
+def test_by_default_a_gpu_with_an_old_driver_is_not_used_and_a_line_says_so(monkeypatch, caplog):
+    """Without it a user would wait for the CPU and wonder."""
+    def is_available():
+        warnings.warn(f"CUDA initialization: {TOO_OLD} (Triggered internally)", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    with caplog.at_level("INFO"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert utils.find_device("auto") == CPU
+    (line,) = caplog.messages
+    assert line.startswith("note       the GPU is not used (CUDA initialization: The NVIDIA driver")
+    assert "install a torch for CUDA 12" in line and "\n" not in line
+
+
+def test_on_cuda_kernels_are_deterministic(gpu):
+    gpu(8, 0)
+    utils.choose_runtime("cuda", "auto", False)
+    assert torch.backends.cudnn.deterministic
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def compile_without_a_compiler(directory: str) -> None:
+    """Train a compiled network of two layers for a step where there is no C++ compiler."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+    torch._inductor.config.cpp.cxx = (None, f"{directory}/no compiler")
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    utils.log.setLevel(logging.INFO)
+    runtime = utils.Runtime(CPU, torch.float32, compile=True)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Sequential(torch.nn.ReLU()))
+    runtime.place(model)(torch.ones(1, 3, 8, 8)).sum().backward()
+    print("gradient", model[0].weight.grad.isfinite().all().item())
+
+
+def test_a_compiler_that_fails_costs_a_line(tmp_path):
+    process = call(compile_without_a_compiler, str(tmp_path))
+    note, gradient = process.stdout.splitlines()
+    assert note.startswith("note       not compiled, so it runs eagerly (") and "C++" in note
+    assert (gradient, process.stderr, process.returncode) == ("gradient True", "", 0)
 
 
 @pytest.mark.parametrize("precision", utils.PRECISIONS)
