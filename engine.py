@@ -303,8 +303,7 @@ class Run:
             last = f" (test acc {history[-1]['test_acc']:.2%})" if history else ""
             log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
             return state
-        # times.csv stood beside metrics.csv up to commit f716c99.
-        for name in (*RUN_FILES, "times.csv", *report.RUN_REPORTS, *report.TEST_REPORTS):
+        for name in (*RUN_FILES, *report.RUN_REPORTS, *report.TEST_REPORTS):
             (self.output_dir / name).unlink(missing_ok=True)
         report.write_text(self.output_dir / "config.json", json.dumps(self.config, indent=2) + "\n")
         return None
@@ -372,12 +371,6 @@ class Run:
             return []
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
-    def average_statistics(self) -> None:
-        """Give all ranks the mean of their batch norm statistics; all of them must call it."""
-        for tensor in self._statistics():
-            torch.distributed.all_reduce(tensor)
-            tensor /= self.runtime.ranks
-
     def rank_seed(self) -> int:
         """Return the seed of torch's global generator for this epoch on this rank."""
         return data.epoch_seed(self.args.seed, self.epoch) + self.runtime.rank
@@ -400,9 +393,8 @@ class Run:
                 self.clock.step_seconds = max(self.clock.step_seconds, seconds)
                 if name == "train":
                     self.clock.progressed = True
-                if name == "train" and number == done:
-                    self.position.slow_seconds += seconds
-                    self.position.slow_steps += 1
+                    self.position.slow_seconds += seconds if number == done else 0
+                    self.position.slow_steps += number == done
 
     def _stop_or_save(self) -> None:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
@@ -435,10 +427,18 @@ class Run:
             raise UserError(f"the loss was not finite by step {step}; start again with "
                             "--overwrite and a lower --lr, or --precision fp32", utils.FAILED)
 
-    def training_is_done(self) -> None:
-        """Note how long the training part of this epoch took, unless an earlier start did."""
+    def end_training(self) -> None:
+        """Check the loss and note the time of the epoch's training part; all ranks must call it.
+
+        Give them all the mean of their batch norm statistics, unless an earlier start did.
+        """
+        self.check_finite()
         self.position.seconds += self.clock.lap()
-        self.position.train_seconds = self.position.train_seconds or self.position.seconds
+        if not self.position.train_seconds:
+            self.position.train_seconds = self.position.seconds
+            for tensor in self._statistics():
+                torch.distributed.all_reduce(tensor)
+                tensor /= self.runtime.ranks
 
     def end_epoch(self, results: dict[str, Metrics]) -> None:
         """Record the epoch, save, and print its line. `results` are by split, train first."""
@@ -446,12 +446,12 @@ class Run:
         position.seconds += self.clock.lap()
         self._require_finite(sum(metrics.loss for metrics in results.values()))
         position.epoch += 1
-        rate = self._images_per_second(results["train"].images)
+        rate, seconds_left = self._pace(results["train"].images)
         row = {"dataset": self.config["dataset"], "epoch": self.epoch, "epochs": self.epochs,
                "image_size": self.sizes[self.epoch - 1],
                "lr": self.optimizer.param_groups[0]["lr"], **report.metric_columns(results),
                "images_per_second": rate, "seconds": position.seconds,
-               "eta_seconds": self._seconds_left(results["train"].images / rate)}
+               "eta_seconds": seconds_left}
         self.position = Position(self.epoch, history=[*position.history, row])
         self.sums.zero_()
         self.clock.progressed = True
@@ -461,23 +461,20 @@ class Run:
             self._save_or_warn()
         log.info(report.epoch_line(row))
 
-    def _images_per_second(self, images: int) -> float:
-        """Return the rate of this epoch's training, its slow steps left out if there are others."""
-        position = self.position
-        if position.slow_steps >= position.step:
-            return images / position.train_seconds
-        return (images * (1 - position.slow_steps / position.step)
-                / (position.train_seconds - position.slow_seconds))
-
-    def _seconds_left(self, training: float) -> float:
-        """Estimate the time of the epochs to come; the last one spent `training` on its images."""
+    def _pace(self, images: int) -> tuple[float, float]:
+        """Return this epoch's training images/s, and the seconds that the epochs to come take."""
+        position, rate = self.position, images / self.position.train_seconds
+        if position.slow_steps < position.step:
+            # Leave the slow steps out.
+            rate = (images * (1 - position.slow_steps / position.step)
+                    / (position.train_seconds - position.slow_seconds))
         # The relative cost of each epoch: time was measured to grow as size^1.4 to size^1.7, and
         # --max-steps may cut the last epoch short.
         costs = [size**1.6 for size in self.sizes]
         costs[-1] *= self.total_steps / self.steps_per_epoch - (self.epochs - 1)
-        evaluation = self.position.seconds - self.position.train_seconds
-        return (training * sum(costs[self.epoch :]) / costs[self.epoch - 1]
-                + evaluation * (self.epochs - self.epoch))
+        training = images / rate / costs[self.epoch - 1] * sum(costs[self.epoch :])
+        evaluation = position.seconds - position.train_seconds
+        return rate, training + evaluation * (self.epochs - self.epoch)
 
     def save(self) -> None:
         """Write checkpoint.pt and metrics.csv; raises OSError if there is no new checkpoint."""
@@ -570,9 +567,7 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metr
         run.position.step += 1
         if run.step % CHECK_EVERY == 0:
             run.check_finite()
-    run.check_finite()
-    run.training_is_done()
-    run.average_statistics()
+    run.end_training()
     loss_sum, correct, count = run.runtime.reduce(run.sums).tolist()
     return Metrics(loss_sum / count, correct / count, math.nan, int(count))
 
