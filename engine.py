@@ -561,15 +561,20 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metr
         run.scheduler.step()
         # A rank without a share trains on a filler image of weight 0, which does not count.
         if weight:
-            run.sums[0] += loss.detach() * len(labels)
-            run.sums[1] += (logits.argmax(1) == labels).sum()
-            run.sums[2] += len(labels)
+            count_in(run.sums, loss, logits, labels)
         run.position.step += 1
         if run.step % CHECK_EVERY == 0:
             run.check_finite()
     run.end_training()
     loss_sum, correct, count = run.runtime.reduce(run.sums).tolist()
     return Metrics(loss_sum / count, correct / count, math.nan, int(count))
+
+
+def count_in(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Add a batch to the sums of losses, correct predictions and images, without waiting."""
+    sums[0].add_(loss.detach() * len(labels))
+    sums[1].add_((logits.argmax(1) == labels).sum())
+    sums[2].add_(len(labels))
 
 
 @torch.inference_mode()

@@ -392,18 +392,19 @@ class Runtime(NamedTuple):
 
         Batch norm is of each rank's own images, if these are enough of a batch of `batch_size`.
         """
-        model.to(self.device, memory_format=torch.channels_last)
         # In place. It waits for the device three times a layer, and the CPU does not have it.
         if self.device.type == "cuda" and 0 < batch_size < FEW_IMAGES * self.ranks > FEW_IMAGES:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Batch norms count their batches; on the host that launches no kernel.
+        counters = [(module, module.num_batches_tracked) for module in model.modules()
+                    if hasattr(module, "num_batches_tracked")]
+        model.to(self.device, memory_format=torch.channels_last)
         if self.compile:
             _fall_back_to_eager()
             model.compile(dynamic=False)
-        elif self.device.type != "cpu":
-            # Batch norms count their batches; on the host that launches no kernel.
-            for module in model.modules():
-                if getattr(module, "num_batches_tracked", None) is not None:
-                    module.num_batches_tracked = module.num_batches_tracked.cpu()
+            return model
+        for module, counter in counters:
+            module.num_batches_tracked = counter
         return model
 
     def reduce(self, values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:

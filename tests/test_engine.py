@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import equal
+from helpers import equal, needs_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -132,6 +132,125 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, make_run, monkeypatch):
     assert counts[0] == counts[1] > 0
     # Every so many steps, 25 in truth, and after the last.
     assert looks == [1, 1, 2, 3, 2, 3]
+
+
+VIEWS = {"alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",
+         "new_empty", "new_empty_strided", "permute", "select", "slice", "split", "squeeze", "t",
+         "transpose", "unbind", "unfold", "unsqueeze", "view", "_record_function_enter_new",
+         "_record_function_exit", "_reshape_alias", "_unsafe_view"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations on the device that are no views: at least a kernel each.
+
+    An operation on a list of tensors, `_foreach_...`, counts as one; on CUDA it is a few.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        on_device = [part for part in tree_leaves((args, kwargs, result))
+                     if isinstance(part, torch.Tensor) and part.device.type == "meta"]
+        self.count += function.overloadpacket.__name__ not in VIEWS and bool(on_device)
+        return result
+
+
+def test_a_step_of_part_1_launches_few_kernels(parse):
+    """Half of the 766 of before in all, Muon at most 100. Of bf16 the casts come on top.
+
+    The phases are the batch, the forward pass and the loss, the backward pass, and the optimizer.
+    """
+    script, args = parse("train_resnet")
+    runtime = utils.Runtime(torch.device("meta"), torch.bfloat16)
+    model = runtime.place(models.ResNet(), args.batch_size).train()
+    optimizer = script.make_optimizer(model, args, runtime)
+    for group in optimizer.param_groups:
+        group["foreach"] = True  # as torch does by itself on CUDA
+    split = data.Split(torch.zeros(750, 3, 32, 32, dtype=torch.uint8), torch.arange(750) % 100)
+    batches = data.Batches(split, 250, data.CIFAR100_STATS, runtime).shuffled(0, 0, 0, 20)
+    sums = torch.zeros(3, device="meta")
+    # The first step also makes the momentum.
+    for _ in range(2):
+        phases = [Launches() for _ in range(5)]
+        with phases[0]:
+            images, labels, weight = next(batches)
+        with phases[1]:
+            logits = model(images).float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        with phases[2]:
+            (loss * weight).backward()
+        with phases[3]:
+            optimizer.step()
+        with phases[4]:
+            engine.count_in(sums, loss, logits, labels)
+    counts = [phase.count for phase in phases]
+    print("batch, forward, backward, optimizer, sums:", counts)
+    # In bf16 30 weights, the images and the head's input are cast, and as many gradients.
+    casts = 2 * 32
+    assert all(count <= most for count, most in zip(counts, (8, 99, 100, 100, 7), strict=True))
+    assert sum(counts) + casts < 766 / 2
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_padded_matrices_become_as_orthogonal_as_others(parse, dtype, tolerance):
+    """In fewer kernels, for GPUs; also of channels-first weights."""
+    script, _ = parse("train_resnet")
+    weights = []
+    for pad in (False, True):
+        torch.manual_seed(0)
+        model = models.ResNet()
+        if dtype == torch.float32:
+            model.to(memory_format=torch.channels_last)
+        convolutions = [p for p in model.parameters() if p.ndim == 4]
+        group = {"params": convolutions, "muon": 0.9, "lr": 0.1, "weight_decay": 0.005}
+        optimizer = script.Muon([group], dtype, pad)
+        for _ in range(2):
+            for weight in convolutions:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            assert all(p.grad.is_contiguous(memory_format=torch.channels_last)
+                       for p in convolutions)
+        weights.append(convolutions)
+    for one, other in zip(*weights, strict=True):
+        assert (one - other).abs().max() < tolerance
+
+
+def test_the_momentum_lies_in_memory_as_its_weight_does(runtime, make_run):
+    """Also of a checkpoint whose weights lay in another way: else each step takes a slow path."""
+    run, batches = make_run("train_resnet", runtime, 1)
+    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    state = copy.deepcopy(run.state_dict())
+    momenta = [buffers["momentum_buffer"].clone() for buffers in run.optimizer.state.values()]
+    run.model.to(memory_format=torch.channels_last)
+    run._set_state(state)
+    for (weight, buffers), expected in zip(run.optimizer.state.items(), momenta, strict=True):
+        assert buffers["momentum_buffer"].stride() == weight.stride()
+        assert torch.equal(buffers["momentum_buffer"], expected)
+
+
+@pytest.mark.cuda
+@needs_cuda
+@both
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_waits_for_the_gpu(name, precision, make_run, monkeypatch):
+    """In fp16 the gradient scaler waits once a step."""
+    monkeypatch.setattr(engine, "CHECK_EVERY", 1000)
+    monkeypatch.setattr(engine.Run, "_stop_or_save", lambda run: None)
+    runtime = utils.choose_runtime("cuda", precision, False)
+    run, batches = make_run(name, runtime, 6)
+
+    def in_debug_mode():
+        for step, batch in enumerate(batches.shuffled(0, 0, 0, 32)):
+            # The first steps start libraries; after the last one the sums are read.
+            torch.cuda.set_sync_debug_mode("error" if 2 <= step < 5 else "default")
+            yield batch
+
+    engine.train_one_epoch(run, in_debug_mode(), 0.1)
+    assert run.step == 6
 
 
 @both

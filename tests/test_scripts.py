@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, contents, needs_cuda, result, script, without_pictures, write_binary
+from helpers import ROOT, contents, result, script, without_pictures, write_binary
 
 import engine
 import models
@@ -130,14 +130,6 @@ def test_a_held_out_split_is_printed_beside_the_test_set(tmp_path, arrays):
     assert re.search(r"train loss .*  val loss .* top5 .*  test loss .* top5 ", process.stdout)
     (row,) = rows(tmp_path / "run")
     assert {"val_acc", "test_acc"} <= set(row) and row["image_size"] == "20"
-
-
-@needs_cuda
-@both
-def test_the_defaults_run_on_a_gpu(tmp_path, name):
-    process = script(name, *SYNTHETIC, *SMALL[name], "--max-steps", 5,
-                     "--output-dir", tmp_path / "run")
-    assert process.returncode == 0 and "device     cuda" in process.stdout
 
 
 @both
