@@ -22,13 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from tqdm import tqdm
 
 import data
 import models
 import report
 import utils
-from report import Metrics
 from utils import Runtime, UserError, bounded
 
 log = logging.getLogger("cifar100")
@@ -38,7 +36,7 @@ CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one 
 SAVE_AFTER = 30  # seconds since the last save, from which on an epoch's end saves
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
-TRAINED = ("model", "optimizer", "scheduler", "scaler")  # what a checkpoint holds of a Run
+TRAINED = ("model", "optimizer", "scheduler", "scaler")  # parts of a Run in a checkpoint
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "metrics.csv", *CHECKPOINTS, "model.pt")
 
@@ -191,10 +189,6 @@ class Clock:
         began, self.lap_began = self.lap_began, time.monotonic()
         return self.lap_began - began
 
-    def save_is_due(self, seconds: float) -> bool:
-        """Return whether the last save was so long ago."""
-        return time.monotonic() - self.saved > seconds
-
     def out_of_time(self) -> bool:
         """Return whether --max-minutes leaves no time for one more step and a slow save."""
         # One step, or evaluation, is done at each start: a chain of jobs always comes to an end.
@@ -215,8 +209,8 @@ class Checkpoints:
         try:
             utils.save_tensors(self.newest, state, self.previous)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not full or not (self.newest.exists() and self.previous.exists()):
+            both = self.newest.exists() and self.previous.exists()
+            if not both or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self.previous.unlink()  # there is room for two
             utils.save_tensors(self.newest, state, self.previous)
@@ -261,15 +255,9 @@ class Run:
         self.checkpoints = Checkpoints(args.output_dir)
         self.unsaved = False  # the last save failed
 
-    @property
-    def epoch(self) -> int:
-        """How many epochs are finished."""
-        return self.position.epoch
-
-    @property
-    def step(self) -> int:
-        """How many steps of the current epoch are done."""
-        return self.position.step
+    # How many epochs are finished, and how many steps of the current one.
+    epoch = property(lambda run: run.position.epoch)
+    step = property(lambda run: run.position.step)
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler,
               sizes: list[int]) -> None:
@@ -277,7 +265,9 @@ class Run:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes = self.runtime.scaler(), sizes
         self.network = model  # what a training step calls
+        self.statistics: list[Tensor] = []  # of batch norm, where each rank has its own
         if self.runtime.ranks > 1:
+            self.statistics = [tensor for tensor in model.buffers() if tensor.is_floating_point()]
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.clock.catch_signals()
         with utils.guard(f"{self.output_dir}: cannot be written", OSError,
@@ -299,8 +289,7 @@ class Run:
         found = self.checkpoints.restore(self._use_checkpoint) if self.args.resume else None
         if found:
             path, state = found
-            history = self.position.history
-            last = f" (test acc {history[-1]['test_acc']:.2%})" if history else ""
+            last = f" (test acc {self.position.history[-1]['test_acc']:.2%})" if self.epoch else ""
             log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
             return state
         for name in (*RUN_FILES, *report.RUN_REPORTS, *report.TEST_REPORTS):
@@ -336,7 +325,7 @@ class Run:
         cuda = self.runtime.device.type == "cuda"
         of_rank = {"sums": self.sums.cpu(), "cpu_rng": torch.get_rng_state(),
                    "cuda_rng": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
-                   "statistics": [tensor.cpu() for tensor in self._statistics()]}
+                   "statistics": [tensor.cpu() for tensor in self.statistics]}
         origin = {name: self.config[name] for name in ("script", "settings", "torch", "runtime")}
         trained = {name: getattr(self, name).state_dict() for name in TRAINED}
         return {**origin, "data": self.checksum, "position": dataclasses.asdict(self.position),
@@ -359,17 +348,11 @@ class Run:
             return
         of_rank = state["ranks"][self.runtime.rank]
         self.sums.copy_(of_rank["sums"])
-        for tensor, value in zip(self._statistics(), of_rank.get("statistics", ()), strict=False):
+        for tensor, value in zip(self.statistics, of_rank.get("statistics", ()), strict=False):
             tensor.copy_(value)
         torch.set_rng_state(of_rank["cpu_rng"])
         if of_rank["cuda_rng"] is not None and self.runtime.device.type == "cuda":
             torch.cuda.set_rng_state(of_rank["cuda_rng"], self.runtime.device)
-
-    def _statistics(self) -> list[Tensor]:
-        """Return the batch norm statistics, which each rank has of its own share; none of one."""
-        if self.runtime.ranks == 1:
-            return []
-        return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
     def rank_seed(self) -> int:
         """Return the seed of torch's global generator for this epoch on this rank."""
@@ -379,7 +362,8 @@ class Run:
               total: int | None = None) -> Iterator:
         """Yield `batches`, numbers `done` to `total`, by default all, under a progress bar."""
         total = len(batches) if total is None else total
-        with progress(batches, f"epoch {self.epoch + 1} {name}", self.runtime, done, total) as bar:
+        text = f"epoch {self.epoch + 1} {name}"
+        with report.progress(batches, text, self.runtime, done, total) as bar:
             drawn = iter(bar)
             for number in range(done, total):
                 # Before the batch is drawn: if it is random, it is the same after a resume.
@@ -391,16 +375,16 @@ class Run:
                 yield batch
                 seconds = time.monotonic() - began
                 self.clock.step_seconds = max(self.clock.step_seconds, seconds)
-                if name == "train":
-                    self.clock.progressed = True
-                    self.position.slow_seconds += seconds if number == done else 0
-                    self.position.slow_steps += number == done
+                self.clock.progressed = self.clock.progressed or name == "train"
+                if name == "train" and number == done:
+                    self.position.slow_seconds += seconds
+                    self.position.slow_steps += 1
 
     def _stop_or_save(self) -> None:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
         clock = self.clock
-        mine = torch.tensor([clock.stop_signal or 0, clock.out_of_time(),
-                             clock.save_is_due(60 * clock.checkpoint_minutes)])
+        save_is_due = time.monotonic() - clock.saved > 60 * clock.checkpoint_minutes
+        mine = torch.tensor([clock.stop_signal or 0, clock.out_of_time(), save_is_due])
         signum, out_of_time, save_is_due = self.runtime.reduce(mine, "MAX").tolist()
         if signum:
             self._stop(signal.Signals(int(signum)).name)
@@ -428,19 +412,16 @@ class Run:
                             "--overwrite and a lower --lr, or --precision fp32", utils.FAILED)
 
     def end_training(self) -> None:
-        """Check the loss and note the time of the epoch's training part; all ranks must call it.
-
-        Give them all the mean of their batch norm statistics, unless an earlier start did.
-        """
+        """Check the loss, note the time, average the ranks' statistics; all ranks must call it."""
         self.check_finite()
         self.position.seconds += self.clock.lap()
-        if not self.position.train_seconds:
+        if not self.position.train_seconds:  # else an earlier start did all this
             self.position.train_seconds = self.position.seconds
-            for tensor in self._statistics():
+            for tensor in self.statistics:
                 torch.distributed.all_reduce(tensor)
                 tensor /= self.runtime.ranks
 
-    def end_epoch(self, results: dict[str, Metrics]) -> None:
+    def end_epoch(self, results: dict[str, report.Metrics]) -> None:
         """Record the epoch, save, and print its line. `results` are by split, train first."""
         position = self.position
         position.seconds += self.clock.lap()
@@ -456,8 +437,8 @@ class Run:
         self.sums.zero_()
         self.clock.progressed = True
         # First saved, then printed, or a killed run would print it again.
-        is_due = self.epoch == self.epochs or self.clock.save_is_due(SAVE_AFTER)
-        if self.runtime.broadcast(is_due):
+        is_due = time.monotonic() - self.clock.saved > SAVE_AFTER
+        if self.epoch == self.epochs or self.runtime.broadcast(is_due):
             self._save_or_warn()
         log.info(report.epoch_line(row))
 
@@ -518,13 +499,6 @@ class Run:
         log.info(f"final test accuracy {accuracy:.2%} ({verdict})")
 
 
-def progress(batches: Iterable, text: str, runtime: Runtime, done: int = 0,
-             total: int | None = None) -> tqdm:
-    """Return `batches` under a progress bar, which only rank 0 shows, and only on a terminal."""
-    hidden = True if runtime.rank else None  # None: tqdm looks whether there is a terminal
-    return tqdm(batches, text, initial=done, total=total, leave=False, unit="batch", disable=hidden)
-
-
 def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[int]:
     """Return each epoch's side of the images, in pixels: `low` in the first `fraction` of them."""
     low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
@@ -539,7 +513,7 @@ def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int) -> OneCycleLR:
                       anneal_strategy="linear", cycle_momentum=False)
 
 
-def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metrics:
+def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> report.Metrics:
     """Train on what is left of the current epoch; return the means over the whole of it.
 
     `batches` yield float images (B, 3, H, W), int64 labels (B,) and a weight, from step `run.step`
@@ -561,20 +535,15 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> Metr
         run.scheduler.step()
         # A rank without a share trains on a filler image of weight 0, which does not count.
         if weight:
-            count_in(run.sums, loss, logits, labels)
+            run.sums[0].add_(loss.detach() * len(labels))
+            run.sums[1].add_((logits.argmax(1) == labels).sum())
+            run.sums[2].add_(len(labels))
         run.position.step += 1
         if run.step % CHECK_EVERY == 0:
             run.check_finite()
     run.end_training()
     loss_sum, correct, count = run.runtime.reduce(run.sums).tolist()
-    return Metrics(loss_sum / count, correct / count, math.nan, int(count))
-
-
-def count_in(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Add a batch to the sums of losses, correct predictions and images, without waiting."""
-    sums[0].add_(loss.detach() * len(labels))
-    sums[1].add_((logits.argmax(1) == labels).sum())
-    sums[2].add_(len(labels))
+    return report.Metrics(loss_sum / count, correct / count, math.nan, int(count))
 
 
 @torch.inference_mode()
@@ -600,7 +569,7 @@ def infer(model: nn.Module, batches: Iterable, runtime: Runtime) -> tuple[Tensor
     return in_order(logits), in_order(labels)
 
 
-def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:
+def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> report.Metrics:
     """Return cross entropy, top-1 and top-5 accuracy over the batches of all ranks."""
     return report.score(*infer(model, batches, runtime))
 
@@ -622,7 +591,7 @@ def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime, stat
         report.print_header(runtime, dataset, model)
         split = dataset.test
     batches = data.Batches(split, batch_size, stats, runtime, size)
-    logits, _ = infer(model, progress(batches, "test", runtime), runtime)
+    logits, _ = infer(model, report.progress(batches, "test", runtime), runtime)
     if runtime.rank:
         return
     if args.predict:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import SUPERCLASS_OF, Dataset, Split
 from utils import Runtime, UserError, guard, one_line, process_rank, write_atomically
@@ -114,6 +115,13 @@ def print_header(runtime: Runtime, dataset: Dataset, model: nn.Module) -> None:
     log.info(f"data       {dataset.name}: {len(dataset.train.labels):,} training{held} and "
              f"{len(dataset.test.labels):,} test images, {dataset.source}")
     log.info(f"model      {type(model).__name__}, {parameters:,} parameters")
+
+
+def progress(batches: Iterable, text: str, runtime: Runtime, done: int = 0,
+             total: int | None = None) -> tqdm:
+    """Return `batches` under a progress bar, which only rank 0 shows, and only on a terminal."""
+    hidden = True if runtime.rank else None  # None: tqdm looks whether there is a terminal
+    return tqdm(batches, text, initial=done, total=total, leave=False, unit="batch", disable=hidden)
 
 
 def files_line(directory: Path, names: Iterable[str]) -> str:

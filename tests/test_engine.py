@@ -7,6 +7,7 @@ No GPU is needed: on torch's meta device, whose tensors have no values, every lo
 import contextlib
 import copy
 import ctypes
+import functools
 import gc
 import importlib
 import io
@@ -69,7 +70,7 @@ def make_run(parse, monkeypatch):
     def make(name, runtime, steps, *flags):
         script, args = parse(name, "--overwrite", *flags)
         network, low, full = PARTS[name]
-        model = network().to(runtime.device)
+        model = runtime.place(network())
         sizes = engine.low_resolution_first(args.epochs, args.low_res, low, full)
         optimizer = make_optimizer(script, model, args, runtime)
         return begin(args, runtime, steps, model, optimizer, sizes)
@@ -150,6 +151,15 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
+    def counting(self, function):
+        """Return the function, whose operations are counted here, and in an outer counter, too."""
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            with self:
+                return function(*args, **kwargs)
+
+        return counted
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         on_device = [part for part in tree_leaves((args, kwargs, result))
@@ -158,41 +168,36 @@ class Launches(TorchDispatchMode):
         return result
 
 
-def test_a_step_of_part_1_launches_few_kernels(parse):
-    """Half of the 766 of before in all, Muon at most 100. Of bf16 the casts come on top.
-
-    The phases are the batch, the forward pass and the loss, the backward pass, and the optimizer.
-    """
-    script, args = parse("train_resnet")
+def test_a_step_of_part_1_launches_few_kernels(make_run, monkeypatch):
+    """Less than half of the 766 of before in all, Muon at most 100."""
+    monkeypatch.setattr(engine.Run, "_stop_or_save", lambda run: None)
+    monkeypatch.setattr(engine.Run, "check_finite", lambda run: None)
+    monkeypatch.setattr(utils.Runtime, "reduce", lambda _, values: torch.ones(values.shape))
+    monkeypatch.setattr(utils.Runtime, "autocast", lambda _: contextlib.nullcontext())
     runtime = utils.Runtime(torch.device("meta"), torch.bfloat16)
-    model = runtime.place(models.ResNet(), args.batch_size).train()
-    optimizer = script.make_optimizer(model, args, runtime)
-    for group in optimizer.param_groups:
+    run, batches = make_run("train_resnet", runtime, 9)
+    for group in run.optimizer.param_groups:
         group["foreach"] = True  # as torch does by itself on CUDA
-    split = data.Split(torch.zeros(750, 3, 32, 32, dtype=torch.uint8), torch.arange(750) % 100)
-    batches = data.Batches(split, 250, data.CIFAR100_STATS, runtime).shuffled(0, 0, 0, 20)
-    sums = torch.zeros(3, device="meta")
-    # The first step also makes the momentum.
-    for _ in range(2):
-        phases = [Launches() for _ in range(5)]
-        with phases[0]:
-            images, labels, weight = next(batches)
-        with phases[1]:
-            logits = model(images).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
-        optimizer.zero_grad()
-        with phases[2]:
-            (loss * weight).backward()
-        with phases[3]:
-            optimizer.step()
-        with phases[4]:
-            engine.count_in(sums, loss, logits, labels)
-    counts = [phase.count for phase in phases]
-    print("batch, forward, backward, optimizer, sums:", counts)
-    # In bf16 30 weights, the images and the head's input are cast, and as many gradients.
-    casts = 2 * 32
-    assert all(count <= most for count, most in zip(counts, (8, 99, 100, 100, 7), strict=True))
-    assert sum(counts) + casts < 766 / 2
+    phases = {name: Launches() for name in ("batch", "forward", "backward", "Muon")}
+    monkeypatch.setattr(batches, "_augment", phases["batch"].counting(batches._augment))
+    monkeypatch.setattr(run, "network", phases["forward"].counting(run.model))
+    monkeypatch.setattr(torch.Tensor, "backward", phases["backward"].counting(
+        torch.Tensor.backward))
+    monkeypatch.setattr(run.optimizer, "step", phases["Muon"].counting(run.optimizer.step))
+    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 20), 0.1)  # also makes the momentum
+    before = {name: phase.count for name, phase in phases.items()}
+    run.position.step = 0
+    with Launches() as whole:
+        engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 20), 0.1)
+    counts = {name: (phase.count - before[name]) // 9 for name, phase in phases.items()}
+    # Loss and sums. The few operations of an epoch are less than one a step.
+    counts["rest"] = whole.count // 9 - sum(counts.values())
+    # In bf16 30 weights, the images and the logits are cast, and their gradients.
+    counts["casts"] = 64
+    print(counts)
+    most = {"batch": 7, "forward": 86, "backward": 99, "Muon": 100, "rest": 22, "casts": 64}
+    assert all(counts[name] <= most[name] for name in most), counts
+    assert sum(counts.values()) < 766 / 2
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])

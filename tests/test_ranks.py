@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import engine
 import models
+import report
 import utils
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -102,7 +103,7 @@ def print_numbers(path: Path) -> None:
     numbered = data.Split(values.view(-1, 1, 1, 1).expand(97, 3, 32, 32), values.long())
     batches = data.Batches(numbered, 8, PLAIN, runtime)
     trained = [images[:, 0, 0, 0] for images, _, weight in batches.shuffled(1, 2) if weight]
-    bar = engine.progress(batches, "test", runtime)
+    bar = report.progress(batches, "test", runtime)
     tested = [images[:, 0, 0, 0] for images, _ in bar]
     assert bar.total == len(tested), "the bar ends where the batches do"
     torch.save([(torch.cat(part) * 255).round().long() for part in (trained, tested)],
@@ -272,7 +273,7 @@ def save_statistics(path: Path) -> None:
     run.model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(runtime.rank)))
     seen = []
     for _ in range(2):
-        seen.append([tensor.clone() for tensor in run._statistics()])
+        seen.append([tensor.clone() for tensor in run.statistics])
         run.end_training()
     torch.save(seen, path / f"rank{runtime.rank}")
 
