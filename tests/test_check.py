@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,18 @@ def lacks_something() -> None:
 
 
 def test_a_command_that_hangs_is_ended(checker, monkeypatch):
-    monkeypatch.setattr(check_node, "LIMIT", 0.5)
-    with pytest.raises(Failed, match="no end within"):
-        checker.run(python("import time; time.sleep(600)"))
-    monkeypatch.setattr(checker, "end", 0)
+    """Also one that ends well once it is told to, as the scripts do."""
+    monkeypatch.setattr(check_node, "LIMIT", 1)
+    ends_well = "import signal, time; signal.signal(15, lambda *_: exit()); time.sleep(600)"
+    with pytest.raises(Failed, match="no end within 1 s"):
+        checker.run(python(ends_well))
+
+
+@pytest.mark.parametrize("left", [0.5, -1])
+def test_when_the_time_is_over_the_rest_is_skipped(checker, left):
+    checker.end = time.monotonic() + left
     with pytest.raises(Skipped, match="minutes for all checks are over"):
-        checker.run(python(""))
+        checker.run(python("import time; time.sleep(600)"))
 
 
 def test_a_signal_is_sent_once_the_file_is_there(checker, tmp_path):
@@ -120,23 +127,23 @@ def test_the_precisions_that_a_device_has_are_tried(checker, monkeypatch, device
     assert [name for name, verdict, _ in checker.rows if verdict == "PASS"] == tried
 
 
-@pytest.mark.parametrize("device, elsewhere, verdict", [
+@pytest.mark.parametrize("device, promised, verdict", [
     ("cpu", "", "FAIL"), ("cpu", "on one GPU", "FAIL"), ("cuda", "", "FAIL"),
     ("cuda", "on one GPU", "SKIP"),
 ])
-def test_other_bits_are_a_fault_where_the_same_are_promised(checker, monkeypatch, device, elsewhere,
+def test_other_bits_are_a_fault_where_the_same_are_promised(checker, monkeypatch, device, promised,
                                                             verdict):
     checker.device = device
     monkeypatch.setattr(checker, "finish", lambda *_: {"model.pt": "1"})
     for other in "12":
-        checker.check(other, resumed, checker, {"model.pt": other}, elsewhere)
+        checker.check(other, resumed, checker, {"model.pt": other}, promised)
     assert [row[1] for row in checker.rows] == ["PASS", verdict]
     assert "model.pt" in checker.rows[1][2]
 
 
-def resumed(checker: Checker, whole: dict, elsewhere: str) -> None:
+def resumed(checker: Checker, whole: dict, promised: str) -> None:
     checker.said = "device\nresume     after 3 steps\n"
-    checker.goes_on([], whole, elsewhere)
+    checker.goes_on([], whole, promised)
 
 
 def test_a_run_that_begins_again_has_not_resumed(checker, monkeypatch):
