@@ -161,11 +161,8 @@ class Checker:
         """
         limit = min(LIMIT, self.end - time.monotonic())
         output = self.directory / "output.txt"
-        # Code that was compiled on another day is neither used nor replaced.
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(self.directory / "compiled")}
         with output.open("w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file,
-                                       stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             ended = wait(process, limit, stop, saved)
         finally:
@@ -323,6 +320,8 @@ def main() -> None:
     print("\n".join(f"{name:20}  {value}" for name, value in facts()), end="\n\n", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="check_node-") as directory:
+        # torchrun leaves files behind. Compiled code of other days is neither used nor replaced.
+        os.environ |= {"TMPDIR": directory, "TORCHINDUCTOR_CACHE_DIR": f"{directory}/compiled"}
         checker = Checker(args.device, Path(directory))
         try:
             checker.check_all()
