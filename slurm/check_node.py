@@ -79,7 +79,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "checkout", f"{ROOT}, {commit}{', changed since' if changed else ''}"
     query = "--query-gpu=driver_version,name,memory.total"
     yield "nvidia-smi", ask("nvidia-smi", query, "--format=csv,noheader") or "says nothing"
-    cpu = ask("sed", "-n", "s/^model name.*: //p;/^model name/q", "/proc/cpuinfo")
+    cpu = ask("sed", "-n", "/^model name/{s/.*: //p;q}", "/proc/cpuinfo")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield "cpu", f"{cpu or platform.machine()}, {cores} cores for this process"
     for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):

@@ -3,6 +3,7 @@
 `test_slurm.py` submits it. Nothing here was run on CUDA.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -38,6 +39,14 @@ def test_the_table_is_in_columns():
     rows = [("one", "PASS", ""), ("longer", "FAIL", "why")]
     assert check_node.table(rows) == "one     PASS\nlonger  FAIL  why"
     assert check_node.table([]) == ""
+
+
+def test_facts_are_a_line_each():
+    """A processor is named once, not once a core."""
+    facts = dict(check_node.facts())
+    assert not [name for name, value in facts.items() if not value or "\n" in value]
+    assert ";" not in facts["cpu"]
+    assert f"torch {importlib.metadata.version('torch')}" in facts["packages"]
 
 
 def test_a_result_leaves_out_times_alone(tmp_path):
@@ -160,28 +169,33 @@ def plant(path: Path, text: str, fault: str) -> None:
     path.write_text(content.replace(text, fault))
 
 
-@pytest.mark.slow
-def test_by_hand_it_finds_planted_faults_and_completes_its_table(tmp_path):
-    """A resumed run that has lost its random numbers, and a script that crashes.
-
-    It runs without .venv, Slurm, git and a compiler.
-    """
-    checkout, programs = tmp_path / "checkout", tmp_path / "programs"
-    for folder in (checkout / "tests", programs, tmp_path / "tmp"):
-        folder.mkdir(parents=True)
+@pytest.fixture
+def faulty(tmp_path) -> Path:
+    """A checkout whose resumed runs have lost their random numbers and whose part 2 crashes."""
+    checkout = tmp_path / "checkout"
     shutil.copytree(ROOT / "slurm", checkout / "slurm")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, checkout)
+    (checkout / "tests").mkdir()
     (checkout / "tests" / "benchmark.py").write_text(BENCHMARK)
     plant(checkout / "engine.py", 'torch.set_rng_state(of_rank["cpu_rng"])', "pass")
     plant(checkout / "finetune_resnet18.py", "args = parse_args()", "raise TypeError('planted')")
-    (programs / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (programs / "python3").chmod(0o755)
-    before = {path for path in checkout.rglob("*") if "__pycache__" not in path.parts}
+    return checkout
+
+
+@pytest.mark.slow
+def test_by_hand_it_finds_planted_faults_and_completes_its_table(tmp_path, faulty):
+    """It runs without .venv, Slurm, git and a compiler, and leaves nothing behind."""
+    for name in ("programs", "tmp"):
+        (tmp_path / name).mkdir()
+    python3 = tmp_path / "programs" / "python3"
+    python3.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python3.chmod(0o755)
+    before = files(faulty)
     environment = {name: value for name, value in os.environ.items() if "SLURM" not in name}
     process = subprocess.run(
-        [shutil.which("bash"), "slurm/check.sbatch", "--device", "cpu"], cwd=checkout, text=True,
-        env={**environment, "PATH": str(programs), "TMPDIR": str(tmp_path / "tmp")},
+        [shutil.which("bash"), "slurm/check.sbatch", "--device", "cpu"], cwd=faulty, text=True,
+        env={**environment, "PATH": str(python3.parent), "TMPDIR": str(tmp_path / "tmp")},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.returncode == 1, process.stdout
     details, _, table = process.stdout.rpartition("\n\n")
@@ -197,5 +211,9 @@ def test_by_hand_it_finds_planted_faults_and_completes_its_table(tmp_path):
         assert re.search(f"^{row}", table, re.MULTILINE), (row, process.stdout)
     assert "TypeError: planted" in details and f" {first}.py --output-dir " in details
     assert " --resume    # exit status 0\n" in details
-    after = {path for path in checkout.rglob("*") if "__pycache__" not in path.parts}
-    assert before == after and not list((tmp_path / "tmp").iterdir())
+    assert files(faulty) == before and not files(tmp_path / "tmp")
+
+
+def files(directory: Path) -> set[Path]:
+    """Return what a directory holds at any depth, but for Python's own caches."""
+    return {path for path in directory.rglob("*") if "__pycache__" not in path.parts}
