@@ -248,9 +248,26 @@ def test_the_pbs_files_chain_themselves(blue_waters, monkeypatch, name, minutes,
     assert "final test accuracy" in second_log.read_text()
 
 
+@slow
+def test_the_check_of_a_node_passes(checkout):
+    """It resumes part 1 on one process and several, and measures the speed."""
+    (checkout / "slow" / "sitecustomize.py").unlink()
+    (checkout / "tests").symlink_to(ROOT / "tests")
+    number = submit("slurm/check.sbatch", "--device", "cpu")
+    known = wait_for(number, ended, 900)
+    facts, _, table = log_of(number).rpartition("\n\n")
+    assert known["JobState"] == "COMPLETED" and table.splitlines()[-1].startswith("0 FAIL, "), facts
+    assert f"SLURM_JOB_ID          {number}\n" in facts and f"torch {torch.__version__}" in table
+    for name in ("train_resnet in fp32", "finetune_resnet18 in fp32", "train_resnet killed",
+                 "finetune_resnet18 killed", "train_resnet stopped", "train_resnet in several"):
+        assert re.search(f"^{name}.*  PASS$", table, re.MULTILINE), table
+    assert len(re.findall(r", training at \d+ .* images/s, \d+ GFLOP/s$", table, re.M)) == 4
+    assert not (checkout / "output").exists()
+
+
 def test_shellcheck_passes():
     if not shutil.which("shellcheck"):
         pytest.skip("needs shellcheck")
     job_files = [path for path in (ROOT / "slurm").iterdir() if path.suffix in (".sbatch", ".pbs")]
-    assert len(job_files) == 4
+    assert len(job_files) == 5
     subprocess.run(["shellcheck", *job_files], check=True)
