@@ -251,6 +251,7 @@ class Run:
         self.config = report.describe_run(args, runtime, dataset, required)
         self.position = Position()
         self.sums = torch.zeros(3, device=runtime.device)  # of the epoch: loss, correct, images
+        self.statistics: list[Tensor] = []  # of batch norm, where each rank has its own
         self.clock = Clock(args.checkpoint_minutes, args.max_minutes)
         self.checkpoints = Checkpoints(args.output_dir)
         self.unsaved = False  # the last save failed
@@ -265,7 +266,6 @@ class Run:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes = self.runtime.scaler(), sizes
         self.network = model  # what a training step calls
-        self.statistics: list[Tensor] = []  # of batch norm, where each rank has its own
         if self.runtime.ranks > 1:
             self.statistics = [tensor for tensor in model.buffers() if tensor.is_floating_point()]
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
