@@ -154,8 +154,9 @@ def pull_cable(name: str) -> None:
 
 
 def plug_cable(name: str) -> None:
-    """Connect a node again."""
+    """Connect a node again, and tell Slurm, which does not ask a node that is down by itself."""
     _call(f"ip link set {_cable(name)} up")
+    subprocess.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"])
 
 
 def processes(name: str, pattern: str) -> list[int]:
