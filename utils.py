@@ -33,7 +33,7 @@ from torch import nn
 log = logging.getLogger("cifar100")
 
 # Exit statuses. 75 is EX_TEMPFAIL of sysexits.h: nothing is lost, and the same command goes on.
-FAILED, USER_ERROR, STOPPED = 1, 2, 75
+FAILED, USER_ERROR, LEFT_ALONE, STOPPED = 1, 2, 3, 75
 
 # What schedulers and the job files send, beside Ctrl-C. Windows has no SIGUSR2.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
@@ -125,7 +125,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130
     if _in_group() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         # The cause stands at the end of NCCL's message.
-        return f"another rank has ended ({one_line(error)[-200:]})", FAILED
+        return f"another rank has ended ({one_line(error)[-200:]})", LEFT_ALONE
     if _in_group():
         # The interpreter's own end could wait forever for kernels that are under way.
         traceback.print_exception(error)
@@ -142,8 +142,9 @@ def _exit_with(message: str, status: int) -> NoReturn:
         # The disk under stderr may be full; the status still counts.
         with contextlib.suppress(OSError):
             print(f"{Path(sys.argv[0]).name}{rank}: {message}", file=sys.stderr, flush=True)
-    # torchrun turns any other status into 1 and prints a traceback.
-    if status == STOPPED and launched():
+    # torchrun turns any other status into 1 and prints a traceback. It must do so only on the node
+    # of the rank that failed: by that the job file tells an error from a lost node.
+    if status in (STOPPED, LEFT_ALONE) and launched():
         status = 0
     try:
         # RuntimeError: a signal came while a line was being written. AttributeError: no stdout.

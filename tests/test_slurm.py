@@ -9,13 +9,13 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import slurm_cluster
 import torch
 from helpers import ROOT, equal, result, script
+from slurm_cluster import ended, job, log_of, make_checkout, submit, wait_for
 
 import utils
 
@@ -49,55 +49,10 @@ def cluster(tmp_path_factory):
 @pytest.fixture
 def checkout(cluster, tmp_path, data_dir, monkeypatch):
     """The working directory: the repository as a user has it, with data and an environment."""
-    for path in (*ROOT.glob("*.py"), ROOT / "slurm"):
-        (tmp_path / path.name).symlink_to(path)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").write_text(
-        f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={tmp_path}/slow\n")
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_DISK)
-    shutil.copytree(data_dir, tmp_path / "data")
+    make_checkout(tmp_path, data_dir, SLOW_DISK)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR100_DIR", raising=False)
     return tmp_path
-
-
-def submit(*arguments) -> str:
-    """Submit a job; return its number."""
-    command = list(map(str, ["sbatch", "--parsable", *arguments]))
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def job(number: str) -> dict[str, str]:
-    """Return what Slurm knows of a job."""
-    command = ["scontrol", "--oneliner", "show", "job", number]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return dict(re.findall(r"(\w+)=(\S+)", shown))
-
-
-def wait_for(number: str, reached, seconds: float = 600) -> dict[str, str]:
-    """Wait until `reached(job)`; a requeued job starts at once instead of two minutes later."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        known = job(number)
-        if reached(known):
-            return known
-        if known["JobState"] == "PENDING" and known["Reason"] == "BeginTime":
-            # The node refuses a job that it ended within the same second.
-            time.sleep(5)
-            subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"])
-        time.sleep(0.5)
-    raise AssertionError(f"{known['JobState']}: {log_of(number)}")
-
-
-def ended(known: dict[str, str]) -> bool:
-    """Return whether a job is over."""
-    return known["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-
-def log_of(number: str) -> str:
-    """Return what a job has printed; a job that has just begun has no log yet."""
-    return "".join(log.read_text() for log in Path().glob(f"*-{number}.log"))
 
 
 @slow
@@ -120,14 +75,7 @@ def test_an_array_trains_a_seed_in_each_job(checkout):
 
 @slow
 def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkout, monkeypatch):
-    """Slurm gives its signal up to 30 s early, so here 15 to 45 s after the start.
-
-    Each start copies the data, here behind a link, to the node's own disk and reads them there.
-    """
-    (checkout / "data").rename(checkout / "elsewhere")
-    (checkout / "data").symlink_to("elsewhere")
-    (checkout / "local").mkdir()
-    monkeypatch.setenv("SLURM_TMPDIR", str(checkout / "local"))
+    """Slurm gives its signal up to 30 s early, so here 15 to 45 s after the start."""
     monkeypatch.setenv("OUTPUT", "output/mine")
     flags = [*SMALL, "--weights", "random", "--image-size", 32, "--epochs", 10]
     number = submit("--time=1", "--signal=B:USR2@15", "slurm/one_gpu.sbatch", "finetune_resnet18",
@@ -138,8 +86,6 @@ def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkou
     assert known["JobState"] == "COMPLETED" and restarts >= 1, log
     # A start on a slow machine can be signalled before its first step, and before its header.
     assert 1 <= len(re.findall("SIGUSR2: stopped in epoch .* saved in", log)) <= restarts
-    starts = log.count("--data-dir ")
-    assert 2 <= starts == log.count(f"--data-dir {checkout}/local/data ") <= restarts + 1
     epochs = [line.split()[1] for line in log.splitlines() if "img/s" in line]
     assert epochs == [f"{epoch}/10" for epoch in range(1, 11)], "the log reads as one run"
     data_dir = checkout / "data"
@@ -251,7 +197,7 @@ def test_the_pbs_files_chain_themselves(blue_waters, monkeypatch, name, minutes,
 @slow
 def test_the_check_of_a_node_passes(checkout):
     """It resumes part 1 on one process and several, and measures the speed."""
-    (checkout / "slow" / "sitecustomize.py").unlink()
+    (checkout / "hook" / "sitecustomize.py").unlink()
     (checkout / "tests").symlink_to(ROOT / "tests")
     number = submit("slurm/check.sbatch", "--device", "cpu")
     known = wait_for(number, ended, 900)
