@@ -31,7 +31,7 @@ HEADER = "| | torch | torchvision | Python | numpy | tqdm | passed | skipped | f
 ENVIRONMENTS = {
     "oldest": ("3.10", None),
     # The last on PyPI whose wheels ask for nvidia-*-cu12; from 2.11 on they ask for CUDA 13.
-    "cuda12": ("3.12", ("torch==2.10.0", "torchvision==0.25.0")),
+    "cuda12": ("3.12", ("torch==2.10.*", "torchvision==0.25.*")),
     "newest": ("3.13", ("torch==2.14.1", "torchvision==0.29.1")),
 }
 ASK_VERSIONS = f"""
