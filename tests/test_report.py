@@ -190,7 +190,9 @@ def test_the_epochs_on_small_images_are_shaded_and_named(tmp_path, drawn):
     small, full = drawn[0].axes[:3], drawn[0].axes[3:]
     for panel in small:
         (shade,) = panel.patches
-        assert (shade.get_x(), shade.get_x() + shade.get_width()) == (0.5, 2.5)
+        # matplotlib 3.7 and 3.8 draw a polygon where later ones draw a rectangle.
+        corners = shade.get_patch_transform().transform(shade.get_path().vertices)
+        assert {x for x, _ in corners} == {0.5, 2.5}
     assert not any(panel.patches for panel in full)
     named = ["trained on images of 20 pixels" in legend for legend in legends(drawn[0])]
     assert named == [True, False]
