@@ -1,7 +1,6 @@
 """How both scripts train: the shared flags, the `Run`, the two loops, and a finished model's use.
 
 A `Run` has a `Position`, `Checkpoints`, and a `Clock`, which decides when to save and when to stop.
-What belongs to one recipe alone stands in its script.
 """
 
 import argparse
@@ -159,7 +158,7 @@ class Position:
     step: int = 0  # optimizer steps done in the current epoch
     seconds: float = 0.0  # spent in the current epoch, evaluation included
     train_seconds: float = 0.0  # of its training part; 0 until that is done
-    slow_seconds: float = 0.0  # of the first step of each start, in which much is loaded, compiled
+    slow_seconds: float = 0.0  # of each start's first step, which loads libraries and compiles
     slow_steps: int = 0  # how many these were
     history: list[dict] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
 
@@ -375,10 +374,11 @@ class Run:
                 yield batch
                 seconds = time.monotonic() - began
                 self.clock.step_seconds = max(self.clock.step_seconds, seconds)
-                self.clock.progressed = self.clock.progressed or name == "train"
-                if name == "train" and number == done:
-                    self.position.slow_seconds += seconds
-                    self.position.slow_steps += 1
+                if name == "train":
+                    self.clock.progressed = True
+                    if number == done:
+                        self.position.slow_seconds += seconds
+                        self.position.slow_steps += 1
 
     def _stop_or_save(self) -> None:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
@@ -415,7 +415,7 @@ class Run:
         """Check the loss, note the time, average the ranks' statistics; all ranks must call it."""
         self.check_finite()
         self.position.seconds += self.clock.lap()
-        if not self.position.train_seconds:  # else an earlier start did all this
+        if not self.position.train_seconds:  # else done before this start
             self.position.train_seconds = self.position.seconds
             for tensor in self.statistics:
                 torch.distributed.all_reduce(tensor)
@@ -431,12 +431,11 @@ class Run:
         row = {"dataset": self.config["dataset"], "epoch": self.epoch, "epochs": self.epochs,
                "image_size": self.sizes[self.epoch - 1],
                "lr": self.optimizer.param_groups[0]["lr"], **report.metric_columns(results),
-               "images_per_second": rate, "seconds": position.seconds,
-               "eta_seconds": seconds_left}
+               "images_per_second": rate, "seconds": position.seconds, "eta_seconds": seconds_left}
         self.position = Position(self.epoch, history=[*position.history, row])
         self.sums.zero_()
         self.clock.progressed = True
-        # First saved, then printed, or a killed run would print it again.
+        # Saved before it is printed: a kill in between would print it twice.
         is_due = time.monotonic() - self.clock.saved > SAVE_AFTER
         if self.epoch == self.epochs or self.runtime.broadcast(is_due):
             self._save_or_warn()

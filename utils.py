@@ -80,9 +80,9 @@ def run_script(main: Callable[[], None]) -> None:
     # File names can hold characters that stdout cannot show; stdout may be closed, or not a file.
     with contextlib.suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # What torch warns of without need: the order of calls where in fp16 the first step is skipped;
-    # 1x1 convolutions, whose gradients lie in memory as their weights do but for sides of one;
-    # and the old name of a keyword, for torch 2.6 does not know the new one.
+    # Three warnings of torch that need nothing done. In fp16 the first step may be skipped, which
+    # looks like a wrong order of calls. Strides of 1x1 convolutions may differ in sides of length
+    # one. And the new name of broadcast_buffers is unknown to torch 2.10.
     for message in ("Detected call of .lr_scheduler.step", "Grad strides do not match bucket view",
                     ".broadcast_buffers. is deprecated"):
         warnings.filterwarnings("ignore", message)
@@ -517,7 +517,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
         # The A100, of compute capability 8.0, was the first to compute in bf16.
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float16
-    # torch 2.6 does not tell what the CPU can do.
+    # torch 2.10 does not tell what the CPU can do.
     abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     has_bf16 = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
     return torch.bfloat16 if has_bf16 else torch.float32

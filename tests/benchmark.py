@@ -2,8 +2,8 @@
 
     python tests/benchmark.py                  10 s for each number in each of 3 rounds
     python tests/benchmark.py --device cuda    adds the time in which the device is busy
-    python tests/benchmark.py --against ../before --batch-size 50
-                                               the ratio to the code of another checkout
+    python tests/benchmark.py --against ../before --parts train_resnet
+                                               the ratios to the code of another checkout
     python tests/benchmark.py --time python train_resnet.py --epochs 5
                                                minutes of a command, also normalised: those of a
                                                machine that multiplies matrices at 184 GFLOP/s
@@ -229,8 +229,8 @@ def print_table(tasks: list[Task], products: list[Task], rates: list[float], col
 
 def compare(flags: list[str], images: data.Split, args: argparse.Namespace,
             device: torch.device) -> None:
-    """Print how many times as fast each task of both scripts is as in the other checkout."""
-    for name in SIZES:
+    """Print how many times as fast each task of the scripts is as in the other checkout."""
+    for name in args.parts:
         before, after = (our_tasks(modules_of(checkout), name, flags, images)
                          for checkout in (args.against, ROOT))
         rates, _ = measure([*before, *after], args, device)
@@ -247,6 +247,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="for a number in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", help="of training in both scripts; else theirs")
+    parser.add_argument("--parts", nargs="+", choices=SIZES, default=list(SIZES),
+                        help="the scripts that --against compares")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="only compare with it")
     parser.add_argument("--time", nargs=argparse.REMAINDER, help="only time this command")
     args = parser.parse_args()
@@ -259,8 +261,7 @@ def main() -> None:
     flags = ["--device", args.device, "--precision", args.precision]
     flags += ["--batch-size", args.batch_size] if args.batch_size else []
     if args.against:
-        compare(flags, images, args, device)
-        return
+        return compare(flags, images, args, device)
     part1, part2 = (our_tasks(modules_of(ROOT), name, flags, images) for name in SIZES)
     products = [matrix_product(device, dtype)
                 for dtype in dict.fromkeys((torch.float32, runtime.dtype))]

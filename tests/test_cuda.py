@@ -87,7 +87,7 @@ def test_a_killed_run_that_is_compiled_ends(name, device, precision, data_dir, t
 @both
 @on_both_devices
 def test_a_run_goes_on_where_it_did_not_begin(name, device, data_dir, tmp_path):
-    """A checkpoint of a GPU on a CPU, and of a CPU on a GPU. Here the first GPU is a CPU's name."""
+    """A GPU's checkpoint on a CPU, and the reverse. Without a GPU it is only marked as a GPU's."""
     first = ["--data-dir", data_dir, "--batch-size", 16, "--epochs", 1, "--precision", "fp32"]
     stopped = train(name, tmp_path, *first, "--device", device, "--max-minutes", 0.001,
                     before=tag_as_cuda if device == "cpu" else without_pictures)

@@ -128,7 +128,6 @@ def test_a_node_whose_processes_die_is_noticed_and_the_job_ends_the_same(checkou
     assert "second: task 1: Killed" in log and "another rank has ended" in log
 
 
-@pytest.mark.skip(reason="beside other work the job stayed COMPLETING for over two minutes once")
 def test_a_node_whose_cable_is_pulled_is_noticed_and_the_job_ends_the_same(checkout, undisturbed):
     """By Slurm, for no byte tells the other node. It ends there before the cable is back."""
     number = submit_to_two()
