@@ -509,6 +509,8 @@ def _fall_back_to_eager() -> None:
 
     torch._dynamo.config.suppress_errors = True
     logging.getLogger("torch._dynamo.convert_frame").addFilter(tell)
+    # Where CUDA's compiler is installed, compiling for the CPU would warn that there is no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
