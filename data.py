@@ -60,7 +60,13 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
     source: str
     val: Split | None = None  # what `hold_out` took from the training set
-    checksum: int = 0  # CRC-32 of all images and labels as they were loaded
+
+    def checksum(self) -> int:
+        """Return the CRC-32 of all images and labels."""
+        crc = 0
+        for tensor in (*self.train, *self.test, *(self.val or ())):
+            crc = zlib.crc32(tensor.numpy(), crc)
+        return crc
 
     def evaluated(self) -> dict[str, Split]:
         """Return the splits to evaluate after every epoch: val, if there is one, and test."""
@@ -73,14 +79,9 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     CIFAR-100 comes from `data_dir`, a directory or one file; it is downloaded if it is not there.
     Raises UserError if it is not there and cannot be downloaded, or is not CIFAR-100.
     """
-    dataset = synthetic() if name == "synthetic" else _load_cifar100(Path(data_dir), url, download)
-    crc = 0
-    for tensor in (*dataset.train, *dataset.test):
-        crc = zlib.crc32(tensor.numpy(), crc)
-    return dataset._replace(checksum=crc)
-
-
-def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
+    if name == "synthetic":
+        return synthetic()
+    data_dir = Path(data_dir)
     try:
         if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
             raise UserError(f"--data-dir {data_dir}: no such file")
@@ -96,20 +97,21 @@ def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
-    """Move the last `count` / 100 training images of each class into `val`; 0 changes nothing.
+    """Move the last `count` training images into `val`, as many of each class; 0 moves none.
 
-    Raises UserError if `count` is not a multiple of 100 or leaves a class without images.
+    Raises UserError if `count` is not a multiple of the classes or leaves one without images.
     """
     if not count:
         return dataset
     images, labels = dataset.train
-    per_class = count // CLASSES
-    smallest = int(torch.bincount(labels, minlength=CLASSES).min())
-    if count % CLASSES or per_class >= smallest:
-        raise UserError(f"--val-size {count}: must be a multiple of {CLASSES} below "
-                        f"{CLASSES * smallest:,}, the same number of images from each class")
+    classes = len(dataset.class_names)
+    per_class = count // classes
+    smallest = int(torch.bincount(labels, minlength=classes).min())
+    if count % classes or per_class >= smallest:
+        raise UserError(f"--val-size {count}: must be a multiple of {classes} below "
+                        f"{classes * smallest:,}, the same number of images from each class")
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(CLASSES):
+    for label in range(classes):
         held[(labels == label).nonzero()[-per_class:]] = True
     return dataset._replace(train=Split(images[~held], labels[~held]),
                             val=Split(images[held], labels[held]))
@@ -221,9 +223,9 @@ def _reflect(pixel: int) -> int:
     return 31 - abs(31 - abs(pixel))
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Return 63 well-mixed bits that depend on (seed, epoch) alone."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]) >> 1
+def epoch_seed(*numbers: int) -> int:
+    """Return 63 well-mixed bits that depend on these numbers alone: seed and epoch, for example."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def pictures(paths: list[Path]) -> tuple[Tensor, list[Path]]:
@@ -501,6 +503,7 @@ def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
     """
     partial = data_dir / "cifar-100.tar.gz.part"
     names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
+    is_new = "" if data_dir.exists() else ", which did not exist"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with open(data_dir / ".cifar-100.lock", "w") as lock:
@@ -510,7 +513,7 @@ def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
                     time.sleep(0.1)
             if found := find(data_dir):
                 return found
-            log.info(f"download   {url} to {data_dir}")
+            log.info(f"download   {url} to {data_dir.resolve()}{is_new}")
             was_begun = partial.exists()
             md5 = _transfer_with_retries(url, partial, attempts)
             # What was there before was perhaps a part of another file: start afresh, once.

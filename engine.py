@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+import platform
+import shlex
 import signal
 import sys
 import time
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from tqdm import tqdm
 
 import data
 import models
@@ -33,11 +36,18 @@ log = logging.getLogger("cifar100")
 STARTED = time.monotonic()  # seconds; when torch was loaded, the start of --max-minutes
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
 SAVE_AFTER = 30  # seconds since the last save, from which on an epoch's end saves
+TELL_AFTER = 20  # seconds of training, after which the time left is told, also in a log
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
+SIZE_POWER = 1.6  # a step's time grows with an image's side to this power; measured: 1.4 to 1.7
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
-TRAINED = ("model", "optimizer", "scheduler", "scaler")  # parts of a Run in a checkpoint
+# What a checkpoint holds of config.json, and of a Run.
+ORIGIN = ("script", "settings", "torch", "runtime", "data", "network", "code")
+TRAINED = ("model", "optimizer", "scheduler", "scaler")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
-RUN_FILES = ("config.json", "metrics.csv", *CHECKPOINTS, "model.pt")
+RUN_FILES = ("config.json", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
+
+# Of images (B, 3, H, W), labels, and a generator on their device; labels may become soft, (B, C).
+Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,23 +122,30 @@ class Parser(argparse.ArgumentParser):
         # A finished model is used as it was trained, unless the command says otherwise.
         if args.eval_only or args.predict:
             try:
-                args = self.parse_args([*_flags_of_model(args), *sys.argv[1:]])
+                args = self.parse_args([*self._flags_of_model(args), *sys.argv[1:]])
             except UserError as error:
                 raise UserError(f"{args.output_dir / 'config.json'}: {error}") from error
         args.recipe = self.recipe_names
         return args
 
-
-def _flags_of_model(args: argparse.Namespace) -> list[str]:
-    """Return the flags by which the model in --output-dir was trained that matter for its use."""
-    try:
-        config = report.read_config(args.output_dir)
-    except UserError:
-        return []
-    if config["script"] != Path(sys.argv[0]).stem:
-        raise UserError(f"{args.output_dir}: a run of {config['script']}.py; use that script")
-    return [f"--{name.replace('_', '-')}={config['settings'][name]}"
-            for name in ("dataset", "image_size") if name in args and name in config["settings"]]
+    def _flags_of_model(self, args: argparse.Namespace) -> list[str]:
+        """Return the flags of the recipe by which the model in --output-dir was trained."""
+        self.set_defaults(class_names=data.CLASS_NAMES)
+        try:
+            config = report.read_config(args.output_dir)
+        except UserError:
+            return []
+        if config["script"] != Path(sys.argv[0]).stem:
+            raise UserError(f"{args.output_dir}: a run of {config['script']}.py; use that script")
+        self.set_defaults(class_names=config.get("classes", data.CLASS_NAMES))
+        flags = []
+        for name in self.recipe_names:
+            value = config["settings"].get(name)
+            # This machine may compute in another precision.
+            if value is not None and value is not False and name != "precision":
+                flag = f"--{name.replace('_', '-')}"
+                flags.append(flag if value is True else f"{flag}={value}")
+        return flags
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -160,6 +177,8 @@ class Position:
     train_seconds: float = 0.0  # of its training part; 0 until that is done
     slow_seconds: float = 0.0  # of each start's first step, which loads libraries and compiles
     slow_steps: int = 0  # how many these were
+    log_bytes: int = 0  # of log.txt; what stands behind them is told again
+    unprinted: str = ""  # the line of the epoch that has just ended
     history: list[dict] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
 
 
@@ -244,27 +263,37 @@ class Run:
     def __init__(self, args: argparse.Namespace, runtime: Runtime, dataset: data.Dataset,
                  required: float, steps_per_epoch: int):
         self.args, self.runtime, self.output_dir = args, runtime, args.output_dir
-        self.checksum, self.steps_per_epoch = dataset.checksum, steps_per_epoch
+        self.dataset, self.required, self.steps_per_epoch = dataset, required, steps_per_epoch
         self.total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
         self.epochs = math.ceil(self.total_steps / steps_per_epoch)
-        self.config = report.describe_run(args, runtime, dataset, required)
         self.position = Position()
         self.sums = torch.zeros(3, device=runtime.device)  # of the epoch: loss, correct, images
         self.statistics: list[Tensor] = []  # of batch norm, where each rank has its own
         self.clock = Clock(args.checkpoint_minutes, args.max_minutes)
         self.checkpoints = Checkpoints(args.output_dir)
         self.unsaved = False  # the last save failed
+        self.has_told = False  # how much time is left
 
-    # How many epochs are finished, and how many steps of the current one.
-    epoch = property(lambda run: run.position.epoch)
-    step = property(lambda run: run.position.step)
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return self.position.epoch
+
+    @property
+    def step(self) -> int:
+        """How many steps of the current epoch are done."""
+        return self.position.step
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler,
-              sizes: list[int]) -> None:
+              sizes: list[int], augment: Augmentation | None = None) -> None:
         """Begin, or with --resume go on; `sizes` are the sides of each epoch's images in pixels."""
+        check_groups(model, optimizer.param_groups)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes = self.runtime.scaler(), sizes
+        self.augmentation = augment
+        self.generator = torch.Generator(self.runtime.device) if augment else None
         self.network = model  # what a training step calls
+        self.config = describe_run(self)
         if self.runtime.ranks > 1:
             self.statistics = [tensor for tensor in model.buffers() if tensor.is_floating_point()]
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -275,6 +304,8 @@ class Run:
         state = self.runtime.broadcast(state)
         if self.runtime.rank and state:
             self._set_state(state)
+        if self.runtime.compile:
+            log.info("compile    begins with the first step, and again for images of another size")
         self.clock.lap()
         self.clock.saved = time.monotonic()
 
@@ -287,14 +318,30 @@ class Run:
         check_output_dir(self.args)  # again, for loading the data took a while
         found = self.checkpoints.restore(self._use_checkpoint) if self.args.resume else None
         if found:
-            path, state = found
-            last = f" (test acc {self.position.history[-1]['test_acc']:.2%})" if self.epoch else ""
-            log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
-            return state
+            report.print_words(self.config["in_words"])
+            position = self.position
+            utils.keep_log(self.output_dir / "log.txt", position.log_bytes, position.unprinted)
+            self._tell_of_resumption(*found)
+            return found[1]
         for name in (*RUN_FILES, *report.RUN_REPORTS, *report.TEST_REPORTS):
             (self.output_dir / name).unlink(missing_ok=True)
         report.write_text(self.output_dir / "config.json", json.dumps(self.config, indent=2) + "\n")
+        utils.keep_log(self.output_dir / "log.txt")
+        report.print_words(self.config["in_words"])
+        if self.args.resume:
+            log.info(f"resume     no checkpoint in {self.output_dir}, so the run begins")
         return None
+
+    def _tell_of_resumption(self, path: Path, state: dict) -> None:
+        last = f" (test acc {self.position.history[-1]['test_acc']:.2%})" if self.epoch else ""
+        log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
+        machine = f"{state['runtime']}, torch {state['torch']}"
+        if machine != f"{self.runtime}, torch {torch.__version__}":
+            log.info(f"note       {path} comes from {machine}: the end will not be the same bits")
+        code, before = self.config["code"], state.get("code")
+        if not before or before["modules"] != code["modules"]:
+            log.info(f"note       the code has changed since this run began: it was "
+                     f"{report.name_of_code(before)}, and is {report.name_of_code(code)}")
 
     def _use_checkpoint(self, path: Path, state: dict) -> None:
         """Set the state that a checkpoint holds, if it is one of this recipe and these images."""
@@ -307,17 +354,21 @@ class Run:
             if changed:
                 raise UserError(f"{path}: cannot go on with other settings: {', '.join(changed)}; "
                                 "use the old ones, or --overwrite, or another --output-dir")
-            if state["data"] != self.checksum:
+            if state["data"] != self.config["data"]:
                 raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
+            if difference := models.difference(state["model"], self.model):
+                raise UserError(f"{path}: of another network: {difference}")
+            sizes, saved = ([len(group["params"]) for group in optimizer["param_groups"]]
+                            for optimizer in (self.optimizer.state_dict(), state["optimizer"]))
+            if sizes != saved:
+                raise UserError(f"{path}: of another optimizer: its groups hold {saved} weights, "
+                                f"now {sizes}")
             self._set_state(state)
-            machine = f"{state['runtime']}, torch {state['torch']}"
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # what is no checkpoint can raise anything
             reason = f"not a whole checkpoint of this script ({utils.one_line(error)[:200]})"
             raise utils.DamagedFile(f"{path}: {reason}") from error
-        if machine != f"{self.runtime}, torch {torch.__version__}":
-            log.info(f"note       {path} comes from {machine}: the end will not be the same bits")
 
     def state_dict(self) -> dict:
         """Return all that a continuation needs: tensors, numbers, strings, lists and dicts."""
@@ -325,9 +376,9 @@ class Run:
         of_rank = {"sums": self.sums.cpu(), "cpu_rng": torch.get_rng_state(),
                    "cuda_rng": torch.cuda.get_rng_state(self.runtime.device) if cuda else None,
                    "statistics": [tensor.cpu() for tensor in self.statistics]}
-        origin = {name: self.config[name] for name in ("script", "settings", "torch", "runtime")}
+        origin = {name: self.config[name] for name in ORIGIN}
         trained = {name: getattr(self, name).state_dict() for name in TRAINED}
-        return {**origin, "data": self.checksum, "position": dataclasses.asdict(self.position),
+        return {**origin, "position": dataclasses.asdict(self.position),
                 "ranks": self.runtime.gather(of_rank), **trained}
 
     def _set_state(self, state: dict) -> None:
@@ -353,6 +404,14 @@ class Run:
         if of_rank["cuda_rng"] is not None and self.runtime.device.type == "cuda":
             torch.cuda.set_rng_state(of_rank["cuda_rng"], self.runtime.device)
 
+    def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a batch as the user's own augmentation makes it, the same after a resume."""
+        if not self.augmentation:
+            return images, labels
+        step = self.epoch * self.steps_per_epoch + self.step
+        self.generator.manual_seed(data.epoch_seed(self.args.seed, step, self.runtime.rank))
+        return self.augmentation(images, labels, self.generator)
+
     def rank_seed(self) -> int:
         """Return the seed of torch's global generator for this epoch on this rank."""
         return data.epoch_seed(self.args.seed, self.epoch) + self.runtime.rank
@@ -372,13 +431,34 @@ class Run:
                 if batch is None:
                     raise UserError(f"no {name} batch {total}: an augmentation must yield them all")
                 yield batch
-                seconds = time.monotonic() - began
-                self.clock.step_seconds = max(self.clock.step_seconds, seconds)
+                ended = time.monotonic()
+                self.clock.step_seconds = max(self.clock.step_seconds, ended - began)
                 if name == "train":
                     self.clock.progressed = True
                     if number == done:
-                        self.position.slow_seconds += seconds
+                        first_ended = ended
+                        self.position.slow_seconds += ended - began
                         self.position.slow_steps += 1
+                    else:
+                        step_seconds = (ended - first_ended) / (number - done)
+                        self._tell_time_left(step_seconds, total - number - 1, bar)
+
+    def _tell_time_left(self, step_seconds: float, steps: int, bar: tqdm) -> None:
+        """Show it at the bar, or where there is none say it once, before an epoch's line does."""
+        is_late = step_seconds * (self.step - self.position.slow_steps) > TELL_AFTER
+        if bar.disable and (self.has_told or not is_late):
+            return
+        # A guess of the evaluation: a forward pass is a third of a step.
+        images = sum(len(split.labels) for split in self.dataset.evaluated().values())
+        relative = (self.sizes[-1] / self.sizes[self.epoch]) ** SIZE_POWER
+        evaluation = step_seconds * self.steps_per_epoch * relative / 3
+        evaluation *= images / len(self.dataset.train.labels)
+        left = report.duration(step_seconds * steps + evaluation + self._seconds_ahead(
+            step_seconds * self.steps_per_epoch, evaluation))
+        bar.set_postfix_str(f"{left} left in all", refresh=False)
+        if bar.disable:
+            self.has_told = True
+            log.info(f"time       about {left} left, at {step_seconds:.3g} s a step")
 
     def _stop_or_save(self) -> None:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
@@ -400,6 +480,18 @@ class Run:
                          f"{newest} holds, if it is there", utils.FAILED):
             self.save()
         raise UserError(f"{where}, saved in {newest}; {again}", utils.STOPPED)
+
+    def check_gradients(self) -> None:
+        """In the first step of each start, name the weights that no gradient reaches."""
+        if self.clock.progressed:
+            return
+        unused = [name for name, parameter in self.model.named_parameters()
+                  if parameter.requires_grad and parameter.grad is None]
+        if unused and self.runtime.ranks > 1:
+            raise UserError(f"no gradient reaches {', '.join(unused)}: the processes of torchrun "
+                            "must share all; remove them, or set requires_grad = False")
+        if unused:
+            log.info(f"note       no gradient reaches {', '.join(unused)}: untrained")
 
     def check_finite(self) -> None:
         """Raise UserError if a loss of this epoch was NaN or infinite; all ranks must call it."""
@@ -426,20 +518,22 @@ class Run:
         position = self.position
         position.seconds += self.clock.lap()
         self._require_finite(sum(metrics.loss for metrics in results.values()))
-        position.epoch += 1
         rate, seconds_left = self._pace(results["train"].images)
+        position.epoch += 1
         row = {"dataset": self.config["dataset"], "epoch": self.epoch, "epochs": self.epochs,
                "image_size": self.sizes[self.epoch - 1],
                "lr": self.optimizer.param_groups[0]["lr"], **report.metric_columns(results),
                "images_per_second": rate, "seconds": position.seconds, "eta_seconds": seconds_left}
-        self.position = Position(self.epoch, history=[*position.history, row])
+        line = report.epoch_line(row)
+        self.position = Position(self.epoch, history=[*position.history, row], unprinted=line)
         self.sums.zero_()
         self.clock.progressed = True
         # Saved before it is printed: a kill in between would print it twice.
         is_due = time.monotonic() - self.clock.saved > SAVE_AFTER
         if self.epoch == self.epochs or self.runtime.broadcast(is_due):
             self._save_or_warn()
-        log.info(report.epoch_line(row))
+        log.info(line)
+        self.position.unprinted = ""
 
     def _pace(self, images: int) -> tuple[float, float]:
         """Return this epoch's training images/s, and the seconds that the epochs to come take."""
@@ -448,18 +542,23 @@ class Run:
             # Leave the slow steps out.
             rate = (images * (1 - position.slow_steps / position.step)
                     / (position.train_seconds - position.slow_seconds))
-        # The relative cost of each epoch: time was measured to grow as size^1.4 to size^1.7, and
-        # --max-steps may cut the last epoch short.
-        costs = [size**1.6 for size in self.sizes]
-        costs[-1] *= self.total_steps / self.steps_per_epoch - (self.epochs - 1)
-        training = images / rate / costs[self.epoch - 1] * sum(costs[self.epoch :])
         evaluation = position.seconds - position.train_seconds
-        return rate, training + evaluation * (self.epochs - self.epoch)
+        return rate, self._seconds_ahead(images / rate, evaluation)
+
+    def _seconds_ahead(self, training: float, evaluation: float) -> float:
+        """Return the seconds of the epochs after this one, by the training of a whole one of it."""
+        costs = [size**SIZE_POWER for size in self.sizes]
+        after = sum(costs[self.epoch + 1 :])
+        if self.epoch + 1 < self.epochs:
+            # --max-steps may cut the last epoch short.
+            after -= costs[-1] * (self.epochs - self.total_steps / self.steps_per_epoch)
+        return training * after / costs[self.epoch] + evaluation * (self.epochs - self.epoch - 1)
 
     def save(self) -> None:
         """Write checkpoint.pt and metrics.csv; raises OSError if there is no new checkpoint."""
-        began = time.monotonic()
+        began, printed = time.monotonic(), self.output_dir / "log.txt"
         self.position.seconds += self.clock.lap()
+        self.position.log_bytes = printed.stat().st_size if printed.exists() else 0
         self.check_finite()
         state = self.state_dict()
         self.clock.saved, self.unsaved = began, True
@@ -498,6 +597,54 @@ class Run:
         log.info(f"final test accuracy {accuracy:.2%} ({verdict})")
 
 
+def describe_run(run: Run) -> dict:
+    """Return what config.json says of a run."""
+    runtime, dataset, recipe = run.runtime, run.dataset, run.args.recipe
+    settings = {name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(run.args).items() if name != "recipe"}
+    settings["precision"] = runtime.precision
+    code, words = report.describe_code(), report.in_words(runtime, dataset, run.model)
+    words["code"] = report.name_of_code(code)
+    words["recipe"] = ", ".join(
+        f"{name.replace('_', ' ')} {settings[name]}" for name in recipe
+        if settings[name] is not None and settings[name] is not False)
+    return {"script": Path(sys.argv[0]).stem, "dataset": dataset.name,
+            "required_accuracy": run.required if dataset.name == "cifar100" else None,
+            "command": shlex.join(sys.argv), "runtime": str(runtime),
+            "torch": str(torch.__version__), "python": platform.python_version(),
+            "system": platform.platform(), "code": code, "data": dataset.checksum(),
+            "classes": list(dataset.class_names),
+            "network": models.describe(run.model), "recipe": recipe, "settings": settings,
+            "in_words": words | recipe_in_words(run)}
+
+
+def recipe_in_words(run: Run) -> dict[str, str]:
+    """Return what the flags do not say, by the first word of its line in the log."""
+    groups = []
+    for group in run.optimizer.param_groups:
+        weights = sum(parameter.numel() for parameter in group["params"])
+        rate = group.get("max_lr", group["lr"])
+        groups.append(f"{weights:,} weights at rate {rate:g}, decay {group['weight_decay']:g}")
+    sizes = []
+    for size in dict.fromkeys(run.sizes):
+        first, count = run.sizes.index(size) + 1, run.sizes.count(size)
+        sizes.append(f"{size}px from epoch {first} to {first + count - 1}")
+    augmentation = ["crop", "flip", *([run.augmentation.__name__] if run.augmentation else [])]
+    return {"optimizer": f"{type(run.optimizer).__name__}: {'; '.join(groups)}",
+            "steps": f"{run.total_steps:,}, {run.steps_per_epoch:,} an epoch",
+            "images": f"{', '.join(sizes)}; random {', '.join(augmentation)}",
+            "output": str(run.output_dir)}
+
+
+def check_groups(model: nn.Module, groups: list[dict]) -> None:
+    """Raise UserError unless every weight that is to be trained is in exactly one group."""
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (count := grouped.count(id(parameter))) != 1:
+            raise UserError(f"the network's {name} is in {count} groups of the optimizer, not in "
+                            "one: see make_optimizer")
+
+
 def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[int]:
     """Return each epoch's side of the images, in pixels: `low` in the first `fraction` of them."""
     low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
@@ -516,26 +663,30 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> repo
     """Train on what is left of the current epoch; return the means over the whole of it.
 
     `batches` yield float images (B, 3, H, W), int64 labels (B,) and a weight, from step `run.step`
-    on. The loss is cross entropy with label smoothing (Szegedy et al. 2016, arXiv:1512.00567,
-    section 7). Raises UserError if it stops being finite, or on a signal to stop.
+    on. An augmentation may make the labels soft, (B, classes). The loss is cross entropy with label
+    smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7). Raises UserError if it stops being
+    finite, or on a signal to stop.
     """
     run.model.train()
     if run.step == 0:
         torch.manual_seed(run.rank_seed())
     end = min(run.steps_per_epoch, run.total_steps - run.epoch * run.steps_per_epoch)
     for images, labels, weight in run.watch(batches, "train", run.step, end):
+        images, labels = run.augment(images, labels)
         with run.runtime.autocast():
             logits = run.network(images).float()  # (B, classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         run.optimizer.zero_grad()
         run.scaler.scale(loss * weight).backward()
+        run.check_gradients()
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.scheduler.step()
         # A rank without a share trains on a filler image of weight 0, which does not count.
         if weight:
             run.sums[0].add_(loss.detach() * len(labels))
-            run.sums[1].add_((logits.argmax(1) == labels).sum())
+            classes = labels if labels.ndim == 1 else labels.argmax(1)
+            run.sums[1].add_((logits.argmax(1) == classes).sum())
             run.sums[2].add_(len(labels))
         run.position.step += 1
         if run.step % CHECK_EVERY == 0:
@@ -573,7 +724,8 @@ def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> report.Me
     return report.score(*infer(model, batches, runtime))
 
 
-def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime, stats: data.Stats,
+def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime,
+              load_data: Callable[[argparse.Namespace], data.Dataset], stats: data.Stats,
               batch_size: int, size: int) -> None:
     """Classify pictures with a run's model.pt, or report on it with the test set.
 
@@ -586,15 +738,14 @@ def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime, stat
         images, files = data.pictures(args.predict)
         split = data.Split(images, torch.zeros(len(images), dtype=torch.int64))  # labels not read
     else:
-        dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
-        report.print_header(runtime, dataset, model)
+        dataset = load_data(args)
+        report.print_words(report.in_words(runtime, dataset, model))
         split = dataset.test
     batches = data.Batches(split, batch_size, stats, runtime, size)
     logits, _ = infer(model, report.progress(batches, "test", runtime), runtime)
     if runtime.rank:
         return
     if args.predict:
-        names = data.SYNTHETIC_NAMES if args.dataset == "synthetic" else data.CLASS_NAMES
-        report.print_predictions(logits, names, files)
+        report.print_predictions(logits, args.class_names, files)
     else:
         report.write_test_report(logits, dataset, args.output_dir)

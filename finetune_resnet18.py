@@ -31,6 +31,7 @@ STATS = data.IMAGENET_STATS
 MOMENTUM = 0.9  # He et al. 2015, section 3.4, in Nesterov's form
 HEAD_RATE = 10  # the new head learns this many times faster than the pre-trained layers
 EVAL_BATCH = 100  # images; divides 10,000
+AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,11 +59,27 @@ def parse_args() -> argparse.Namespace:
     return parser.read()
 
 
+def load_data(args: argparse.Namespace) -> data.Dataset:
+    """Return the images to train on and those to test; another set goes here."""
+    return data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
+
+
+def make_model(args: argparse.Namespace) -> nn.Module:
+    """Return the network to train, with its first weights, or to use; another one goes here."""
+    is_trained = args.eval_only or args.predict
+    with utils.rank_0_first():  # which downloads, if need be
+        return models.resnet18("random" if is_trained else args.weights,
+                               download=not args.no_download)
+
+
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
-    """Return SGD with a higher peak rate for the new head."""
-    backbone = [p for name, p in model.named_parameters() if not name.startswith("fc.")]
-    groups = [{"params": backbone, "lr": args.lr},
-              {"params": list(model.fc.parameters()), "lr": HEAD_RATE * args.lr}]
+    """Return SGD with a higher peak rate for the new head, `fc`."""
+    head, backbone = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if name.startswith("fc.") else backbone).append(parameter)
+    groups = [{"params": backbone, "lr": args.lr}, {"params": head, "lr": HEAD_RATE * args.lr}]
+    engine.check_groups(model, groups)
     return torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=args.weight_decay,
                            nesterov=True)
 
@@ -74,28 +91,23 @@ def main() -> None:
     if args.compare:
         return report.compare(args.compare, args.output_dir)
     runtime = utils.choose_runtime(args.device, args.precision, args.compile)
+    torch.manual_seed(args.seed)
+    model = make_model(args)
     if args.eval_only or args.predict:
-        model = models.resnet18("random")
-        return engine.use_model(model, args, runtime, STATS, EVAL_BATCH, size)
+        return engine.use_model(model, args, runtime, load_data, STATS, EVAL_BATCH, size)
 
-    dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
-    dataset = data.hold_out(dataset, args.val_size)
+    dataset = data.hold_out(load_data(args), args.val_size)
     train = data.Batches(dataset.train, args.batch_size, STATS, runtime)
     evaluated = {name: data.Batches(split, EVAL_BATCH, STATS, runtime, size)
                  for name, split in dataset.evaluated().items()}
 
-    torch.manual_seed(args.seed)
-    with utils.rank_0_first():  # which downloads, if need be
-        model = models.resnet18(args.weights, download=not args.no_download)
     model = runtime.place(model, args.batch_size)
-    report.print_header(runtime, dataset, model)
-
     run = engine.Run(args, runtime, dataset, REQUIRED, train.steps_per_epoch)
     # At least 32 pixels: below, the bf16 gradients of oneDNN depend on what memory held before.
     sizes = engine.low_resolution_first(run.epochs, args.low_res, max(size // 2, 32), size)
     optimizer = make_optimizer(model, args)
     scheduler = engine.one_cycle(optimizer, run.total_steps)
-    run.start(model, optimizer, scheduler, sizes)
+    run.start(model, optimizer, scheduler, sizes, AUGMENT)
     for epoch in range(run.epoch, run.epochs):
         batches = train.shuffled(args.seed, epoch, start=run.step, size=sizes[epoch])
         results = {"train": engine.train_one_epoch(run, batches, args.label_smoothing)}

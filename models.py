@@ -126,6 +126,30 @@ def _download(allowed: bool) -> tuple[str, dict]:
                     "--weights random")
 
 
+def describe(model: nn.Module) -> dict:
+    """Return the network's name, its number of parameters, and the rows of its layers' table."""
+    layers = []
+    for name, layer in model.named_children():
+        kind = type(layer).__name__
+        if isinstance(layer, nn.Sequential):
+            kind = f"{len(layer)} x {type(layer[0]).__name__}"
+        layers.append([name, kind, sum(p.numel() for p in layer.parameters())])
+    total = sum(p.numel() for p in model.parameters())
+    return {"name": type(model).__name__, "parameters": total, "layers": layers}
+
+
+def difference(state: dict, model: nn.Module) -> str:
+    """Return in words where a state_dict differs from the network's in names or shapes, or ""."""
+    before, now = ({name: tuple(value.shape) for name, value in each.items()}
+                   for each in (state, model.state_dict()))
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            was, has = (f"has {name} {shapes[name]}" if name in shapes else f"has no {name}"
+                        for shapes in (before, now))
+            return f"it {was}, where this one {has}"
+    return ""
+
+
 def load_weights(model: nn.Module, path: Path | str, state: dict | None = None) -> None:
     """Load a file's state_dict, or `state` if given, strictly; raises UserError if it misfits."""
     try:

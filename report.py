@@ -4,18 +4,18 @@ All is made of logits, labels and rows of numbers. Pictures need matplotlib, whi
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
 import logging
 import math
-import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import textwrap
 import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -77,7 +77,8 @@ def metric_columns(results: dict[str, Metrics]) -> dict[str, float]:
 def epoch_line(row: dict) -> str:
     """Format one row of metrics.csv as the line for the log."""
     width = max(2, len(str(row["epochs"])))
-    fields = [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"lr {row['lr']:.4f}"]
+    fields = [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"{row['image_size']}px",
+              f"lr {row['lr']:.4f}"]
     if row["dataset"] != "cifar100":
         fields.insert(0, f"[{row['dataset']}]")
     for split in ("train", "val", "test"):
@@ -101,20 +102,26 @@ def duration(seconds: float) -> str:
 def verdict(accuracy: float, required: float | None) -> str:
     """Say whether a test accuracy, a fraction of 1, is what the course requires, in %."""
     if required is None:
-        return "on synthetic images, so the course's required accuracy does not apply"
+        return "not on CIFAR-100, so the course's required accuracy does not apply"
     is_met = "met" if 100 * accuracy >= required else "not met"
     return f"the course's required accuracy of {required:.0f}% is {is_met}"
 
 
-def print_header(runtime: Runtime, dataset: Dataset, model: nn.Module) -> None:
-    """Print command, device, data set and model."""
-    parameters = sum(p.numel() for p in model.parameters())
+def in_words(runtime: Runtime, dataset: Dataset, model: nn.Module) -> dict[str, str]:
+    """Return the first lines of a log, by their first word: command, device, data and network."""
     held = f", {len(dataset.val.labels):,} validation" if dataset.val else ""
-    log.info(f"command    {shlex.join(['python', *sys.argv])}")
-    log.info(f"device     {runtime}, torch {torch.__version__}")
-    log.info(f"data       {dataset.name}: {len(dataset.train.labels):,} training{held} and "
-             f"{len(dataset.test.labels):,} test images, {dataset.source}")
-    log.info(f"model      {type(model).__name__}, {parameters:,} parameters")
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"command": shlex.join(["python", *sys.argv]),
+            "device": f"{runtime}, torch {torch.__version__}",
+            "data": f"{dataset.name}: {len(dataset.train.labels):,} training{held} and "
+                    f"{len(dataset.test.labels):,} test images, {dataset.source}",
+            "network": f"{type(model).__name__}, {parameters:,} parameters"}
+
+
+def print_words(words: dict[str, str]) -> None:
+    """Print them, a line each."""
+    for name, text in words.items():
+        log.info(f"{name:10} {text}")
 
 
 def progress(batches: Iterable, text: str, runtime: Runtime, done: int = 0,
@@ -197,16 +204,30 @@ class RunRecord(NamedTuple):
     history: list[dict]
 
 
-def describe_run(args: Namespace, runtime: Runtime, dataset: Dataset, required: float) -> dict:
-    """Return what config.json says of a run; `required` is the course's test accuracy, in %."""
-    settings = {name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(args).items() if name != "recipe"}
-    settings["precision"] = runtime.precision
-    return {"script": Path(sys.argv[0]).stem, "dataset": dataset.name,
-            "required_accuracy": required if dataset.name == "cifar100" else None,
-            "command": shlex.join(sys.argv), "runtime": str(runtime),
-            "torch": str(torch.__version__), "python": platform.python_version(),
-            "system": platform.platform(), "recipe": args.recipe, "settings": settings}
+def describe_code() -> dict:
+    """Return the git commit of the project, if any, and a hash of its modules in this process."""
+    here = Path(__file__).resolve().parent
+    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
+             if getattr(module, "__file__", None)}
+    files = sorted(file for file in files if file.parent == here and file.is_file())
+    modules = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *files]
+    try:
+        commit, changes = (subprocess.run(["git", "-C", here, *command], capture_output=True,
+                                          check=True, text=True).stdout for command in commands)
+    except (OSError, subprocess.SubprocessError):
+        commit = changes = ""  # no git, or no checkout
+    return {"commit": commit[:12], "changed": bool(changes), "modules": modules[:12]}
+
+
+def name_of_code(code: dict | None) -> str:
+    """Return in words what `describe_code` returned, or that it is unknown."""
+    if not code:
+        return "unknown"
+    if code["commit"] and not code["changed"]:
+        return f"commit {code['commit']}"
+    after = f"commit {code['commit']} with changes, " if code["commit"] else ""
+    return f"{after}modules {code['modules']}"
 
 
 def read_config(directory: Path) -> dict:

@@ -30,6 +30,7 @@ MOMENTUM = 0.9  # of Muon and of SGD, in Nesterov's form
 OTHER_LR = 0.1  # peak rate of batch norms and head, usual for SGD
 HEAD_DECAY = 5e-4  # weight decay of the head's matrix, usual for SGD; norms and biases have none
 EVAL_BATCH = 500  # images; divides 10,000
+AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,7 +77,8 @@ class Muon(torch.optim.SGD):
         """
         for group in self.param_groups:
             if "muon" in group:
-                weights = [weight for weight in group["params"] if weight.grad is not None]
+                weights = [weight for weight in group["params"]
+                           if weight.grad is not None and weight.numel()]
                 self._orthogonalize_gradients(weights, group["muon"])
         super().step()
 
@@ -132,19 +134,29 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
+def load_data(args: argparse.Namespace) -> data.Dataset:
+    """Return the images to train on and those to test; another set goes here."""
+    return data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
+
+
+def make_model(args: argparse.Namespace) -> nn.Module:
+    """Return the network to train or to use; another one goes here."""
+    return models.ResNet()
+
+
 def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Runtime) -> Muon:
     """Return Muon for the convolutions and SGD for the rest, with their peak rates."""
-    convolutions = [p for p in model.parameters() if p.ndim == 4]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    for name, parameter in model.named_parameters():
-        if parameter.ndim not in (1, 4) and parameter is not model.fc.weight:
-            raise utils.UserError(f"the network's {name} would stay untrained: add it to a group "
-                                  "in make_optimizer")
+    kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d)}
+    convolutions, matrices, vectors = [], [], []
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        others = matrices if parameter.ndim > 1 else vectors
+        (convolutions if parameter in kernels else others).append(parameter)
     sgd = {"lr": OTHER_LR, "momentum": MOMENTUM, "nesterov": True}
     muon = {"muon": MOMENTUM, "lr": args.lr, "weight_decay": args.weight_decay}
     groups = [{"params": convolutions, **muon},
-              {"params": [model.fc.weight], "weight_decay": HEAD_DECAY, **sgd},
+              {"params": matrices, "weight_decay": HEAD_DECAY, **sgd},
               {"params": vectors, **sgd}]
+    engine.check_groups(model, groups)
     return Muon(groups, runtime.dtype, pad=runtime.device.type != "cpu")
 
 
@@ -154,24 +166,22 @@ def main() -> None:
     if args.compare:
         return report.compare(args.compare, args.output_dir)
     runtime = utils.choose_runtime(args.device, args.precision, args.compile)
+    torch.manual_seed(args.seed)
+    model = make_model(args)
     if args.eval_only or args.predict:
-        return engine.use_model(models.ResNet(), args, runtime, STATS, EVAL_BATCH, SIZE)
+        return engine.use_model(model, args, runtime, load_data, STATS, EVAL_BATCH, SIZE)
 
-    dataset = data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
-    dataset = data.hold_out(dataset, args.val_size)
+    dataset = data.hold_out(load_data(args), args.val_size)
     train = data.Batches(dataset.train, args.batch_size, STATS, runtime)
     evaluated = {name: data.Batches(split, EVAL_BATCH, STATS, runtime, SIZE)
                  for name, split in dataset.evaluated().items()}
 
-    torch.manual_seed(args.seed)
-    model = runtime.place(models.ResNet(), args.batch_size)
-    report.print_header(runtime, dataset, model)
-
+    model = runtime.place(model, args.batch_size)
     run = engine.Run(args, runtime, dataset, REQUIRED, train.steps_per_epoch)
     sizes = engine.low_resolution_first(run.epochs, args.low_res, LOW_SIZE, SIZE)
     optimizer = make_optimizer(model, args, runtime)
     scheduler = engine.one_cycle(optimizer, run.total_steps)
-    run.start(model, optimizer, scheduler, sizes)
+    run.start(model, optimizer, scheduler, sizes, AUGMENT)
     for epoch in range(run.epoch, run.epochs):
         batches = train.shuffled(args.seed, epoch, start=run.step, size=sizes[epoch])
         results = {"train": engine.train_one_epoch(run, batches, args.label_smoothing)}

@@ -10,6 +10,7 @@ import datetime
 import errno
 import io
 import logging
+import logging.handlers
 import math
 import os
 import pickle
@@ -87,6 +88,7 @@ def run_script(main: Callable[[], None]) -> None:
                     ".broadcast_buffers. is deprecated"):
         warnings.filterwarnings("ignore", message)
     log.addHandler(logging.StreamHandler(sys.stdout))
+    log.addHandler(logging.handlers.MemoryHandler(sys.maxsize))  # for `keep_log`
     log.setLevel(logging.WARNING if process_rank() else logging.INFO)
     # A full disk under the log must not end the training.
     logging.raiseExceptions = False
@@ -107,6 +109,24 @@ def run_script(main: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):
             dist.all_reduce(torch.zeros(1))
     _exit_with(message, status)
+
+
+def keep_log(path: Path, size: int = 0, line: str = "") -> None:
+    """From now on write what is logged to `path`, too, behind its first `size` bytes and `line`.
+
+    If `size` is 0, what was logged before is also written.
+    """
+    with path.open("ab") as file:
+        file.truncate(min(size, file.tell()))
+        if line:
+            file.write((line + os.linesep).encode())
+    for handler in log.handlers:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            if size:
+                handler.buffer.clear()
+            handler.setTarget(logging.FileHandler(path, encoding="utf-8", errors="replace"))
+            handler.capacity = 1
+            handler.flush()
 
 
 def explain(error: BaseException) -> tuple[str, int]:

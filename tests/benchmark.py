@@ -104,7 +104,8 @@ def our_tasks(code: SimpleNamespace, name: str, flags: list[str], images: data.S
         # One epoch of n steps of a run that is not started, so it writes no file.
         run = engine.Run(args, runtime, dataset, script.REQUIRED, steps_per_epoch=n)
         run.model, run.network, run.optimizer = model, model, optimizer
-        run.scheduler, run.scaler = scheduler, scaler
+        run.scheduler, run.scaler, run.sizes = scheduler, scaler, [size]
+        run.augmentation = None
         forever = itertools.chain.from_iterable(
             batches.shuffled(0, epoch, 0, size) for epoch in itertools.count())
         engine.train_one_epoch(run, forever, args.label_smoothing)

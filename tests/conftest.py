@@ -1,6 +1,8 @@
 """Fixtures of several test files, and the option --kills."""
 
+import importlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,19 @@ def pytest_configure():
 def runtime():
     """The CPU in float32, one process."""
     return utils.Runtime(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def parse(monkeypatch, tmp_path):
+    """Return a function that imports a script and parses flags as it does."""
+    monkeypatch.chdir(tmp_path)
+
+    def parse_flags(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        script = importlib.import_module(name)
+        return script, script.parse_args()
+
+    return parse_flags
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import copy
 import ctypes
 import functools
 import gc
-import importlib
 import io
 import platform
 import sys
@@ -31,19 +30,6 @@ from report import Metrics
 PARTS = {"train_resnet": (models.ResNet, 20, 32),
          "finetune_resnet18": (lambda: models.resnet18("random"), 112, 224)}
 both = pytest.mark.parametrize("name", PARTS)
-
-
-@pytest.fixture
-def parse(monkeypatch, tmp_path):
-    """Return a function that imports a script and parses flags as it does."""
-    monkeypatch.chdir(tmp_path)
-
-    def parse_flags(name, *flags):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
-        script = importlib.import_module(name)
-        return script, script.parse_args()
-
-    return parse_flags
 
 
 def make_optimizer(script, model, args, runtime) -> torch.optim.Optimizer:
@@ -381,7 +367,7 @@ class Started(Exception):
     ("finetune_resnet18", [], 4, 2),
 ])
 def test_a_run_of_any_length_ends_at_full_size(name, flags, epochs, low_res, parse, monkeypatch):
-    def start(_run, _model, _optimizer, _schedule, sizes):
+    def start(_run, _model, _optimizer, _schedule, sizes, _augment):
         raise Started(sizes)
 
     monkeypatch.setattr(engine.Run, "start", start)

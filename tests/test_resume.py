@@ -71,6 +71,11 @@ class Whole:
         """Assert that `process` ended as the undisturbed run did, to the bit."""
         assert (process.returncode, process.stderr) == (0, "")
         assert process.stdout.splitlines()[-1] == self.last_line
+        # However often it was killed, log.txt tells of one run.
+        told = (output_dir / "log.txt").read_text().splitlines()
+        assert [line.split()[1] for line in told if "img/s" in line] == ["1/2", "2/2"]
+        assert sum(line.startswith(("command", "final")) for line in told) == 2
+        assert told[-1] == self.last_line
         # One epoch with one save leaves no previous checkpoint. Where matplotlib is hidden, there
         # is no picture.
         allowed = {".lock", "checkpoint-previous.pt"}
@@ -193,7 +198,7 @@ def test_a_second_interrupt_ends_at_once(whole, tmp_path):
     before = functools.partial(at_batch, 1, interrupt_twice)
     stopped = whole("train_resnet").script(tmp_path, before=before)
     assert (stopped.returncode, stopped.stderr) == (130, "train_resnet.py: interrupted\n")
-    assert set(contents(tmp_path)) == {".lock", "config.json"}
+    assert set(contents(tmp_path)) == {".lock", "config.json", "log.txt"}
 
 
 @pytest.mark.parametrize("name", ["train_resnet", pytest.param("finetune_resnet18", marks=slow)])
@@ -222,7 +227,7 @@ def test_a_disk_full_from_the_start_is_one_line(whole, name, megabytes, tmp_path
     assert re.search("not all is written .*make room, and the same command with", process.stderr)
     warning = "warning    not saved ([Errno 27] File too large); training goes on, the next save"
     assert process.stdout.count(warning) == 2, "at the end of each epoch"
-    assert set(contents(tmp_path)) <= {".lock", "config.json", "metrics.csv"}
+    assert set(contents(tmp_path)) <= {".lock", "config.json", "log.txt", "metrics.csv"}
     run.assert_same_end(run.script(tmp_path), tmp_path)
 
 

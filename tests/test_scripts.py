@@ -22,7 +22,7 @@ SMALL = {"train_resnet": [],
 SYNTHETIC = ["--dataset", "synthetic"]
 SIX_STEPS = ["--batch-size", 8, "--max-steps", 6, "--device", "cpu"]
 EPOCH_LINE = re.compile(
-    r"^\[synthetic\]  epoch  1/1  lr 0\.0000  train loss \d+\.\d{3} acc +\d+\.\d\d%  "
+    r"^\[synthetic\]  epoch  1/1  32px  lr 0\.0000  train loss \d+\.\d{3} acc +\d+\.\d\d%  "
     r"test loss \d+\.\d{3} acc +(\d+\.\d\d)% top5 +\d+\.\d\d%  \d+ img/s  \d+\.\d s  eta 0s$",
     re.MULTILINE,
 )
@@ -61,13 +61,16 @@ def small(data_dir):
 def test_the_log_has_header_epoch_line_and_verdict(finished, name):
     process, output_dir = finished[name]
     assert (process.returncode, process.stderr) == (0, ""), "no bar without a terminal"
-    for start in ("command ", "device     CPU", "data       synthetic", "model "):
+    for start in ("command ", "device     CPU", "data       synthetic", "network    ResNet, ",
+                  "code       ", "recipe     epochs ", "optimizer  ", "steps      6, 625 an epoch",
+                  "images     32px from epoch 1 to 1; random crop, flip", "output "):
         assert re.search(f"^{start}", process.stdout, re.MULTILINE), start
+    assert (output_dir / "log.txt").read_text() == process.stdout
     assert len(EPOCH_LINE.findall(process.stdout)) == 1
     accuracy = EPOCH_LINE.search(process.stdout)[1]
     *_, files, last = process.stdout.splitlines()
     assert files.startswith("files ") and str(output_dir) in files
-    assert last.startswith(f"final test accuracy {accuracy}% (on synthetic images, so the")
+    assert last.startswith(f"final test accuracy {accuracy}% (not on CIFAR-100, so the")
 
 
 @both
@@ -159,7 +162,10 @@ def test_a_finished_run_is_not_trained_again(finished):
     flags = [*SYNTHETIC, *SIX_STEPS, "--resume", "--output-dir", output_dir]
     again = script("train_resnet", *flags)
     assert again.returncode == 0 and not EPOCH_LINE.search(again.stdout)
-    assert contents(output_dir) == before
+    told = (output_dir / "log.txt").read_text()
+    assert len(EPOCH_LINE.findall(told)) == told.count("final test accuracy") == 1
+    after = contents(output_dir)
+    assert {**after, "log.txt": None} == {**before, "log.txt": None}
     final = [line for line in process.stdout.splitlines() if line.startswith("final")]
     assert final and final[0] in again.stdout
 
@@ -178,7 +184,7 @@ def test_a_run_whose_last_step_diverges_is_not_saved(small, tmp_path):
     flags = [*small["train_resnet"], "--max-steps", 1, "--lr", "1e30"]
     process = script("train_resnet", *flags, "--output-dir", tmp_path / "run")
     assert process.returncode == 1 and "not finite by step 1" in process.stderr
-    assert sorted(contents(tmp_path / "run")) == [".lock", "config.json"]
+    assert sorted(contents(tmp_path / "run")) == [".lock", "config.json", "log.txt"]
 
 
 @pytest.mark.parametrize("flags, says", [

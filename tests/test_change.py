@@ -1,0 +1,252 @@
+"""Networks, augmentations and flags of one's own work, and nothing about a run stays silent."""
+
+import json
+import logging
+import subprocess
+
+import pytest
+import torch
+from helpers import script
+from test_engine import begin, make_optimizer
+from torch import nn
+
+import engine
+import models
+import report
+import utils
+
+SMALL = ["--device", "cpu", "--precision", "fp32", "--batch-size", 16, "--max-steps", 3]
+
+
+class Own(nn.Module):
+    """A network with all that ours lacks: no `fc`, other matrices, odd convolutions and weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.grouped = nn.Conv2d(8, 16, 3, padding=1, groups=4, bias=False)
+        self.scale = nn.Parameter(torch.ones(1, 16, 1, 1))  # four dimensions, and no convolution
+        self.squeeze = nn.Linear(16, 4)
+        self.excite = nn.Linear(4, 16)
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.nothing = nn.Parameter(torch.zeros(0, 8))
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(16, 100)
+
+    def forward(self, images):
+        x = self.grouped(self.depthwise(self.stem(images)).relu()) * self.scale
+        gates = self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()
+        x = self.frozen((x * gates[:, :, None, None]).amax((2, 3))) + self.nothing.sum()
+        return self.head(x) * self.temperature
+
+
+@pytest.fixture
+def start(parse, monkeypatch, runtime):
+    """Return a function that starts a run of a script with a network: run and batches."""
+    monkeypatch.setattr(engine.Clock, "catch_signals", lambda clock: None)
+
+    def start_run(model, *flags, name="train_resnet", runtime=runtime, pad=None):
+        script, args = parse(name, "--overwrite", *flags)
+        optimizer = make_optimizer(script, model, args, runtime)
+        if pad is not None:
+            optimizer.pad = pad
+        return begin(args, runtime, 3, runtime.place(model), optimizer, [8] * args.epochs)
+
+    return start_run
+
+
+@pytest.mark.parametrize("name, pad", [
+    ("train_resnet", False), ("train_resnet", True), ("finetune_resnet18", None)])
+def test_all_weights_of_a_network_of_ones_own_are_trained(start, name, pad, caplog):
+    caplog.set_level(logging.INFO)
+    torch.manual_seed(0)
+    run, batches = start(Own(), name=name, pad=pad)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    same = {name for name, value in run.model.state_dict().items()
+            if torch.equal(value, before[name])}
+    assert same == {"nothing", "frozen.weight", "frozen.bias", "unused.weight", "unused.bias"}
+    assert all(value.isfinite().all() for value in run.model.state_dict().values())
+    notes = [line for line in caplog.messages if "no gradient" in line]
+    assert notes == ["note       no gradient reaches unused.weight, unused.bias: untrained"]
+
+
+def test_part_1_trains_convolutions_by_muon_matrices_with_decay_and_the_rest_without(start):
+    run, _ = start(Own())
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in run.optimizer.param_groups]
+    assert groups == [
+        {"stem.weight", "depthwise.weight", "grouped.weight"},
+        {"scale", "squeeze.weight", "excite.weight", "nothing", "unused.weight", "head.weight"},
+        {"stem.bias", "squeeze.bias", "excite.bias", "temperature", "unused.bias", "head.bias"}]
+    muon, matrices, vectors = run.optimizer.param_groups
+    assert "muon" in muon and "muon" not in matrices and "muon" not in vectors
+    assert matrices["weight_decay"] > 0 and vectors["weight_decay"] == 0
+
+
+def test_a_weight_in_no_group_or_in_two_is_named(start):
+    model = models.ResNet()
+    head = list(model.fc.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("fc.")]
+    engine.check_groups(model, [{"params": rest}, {"params": head}])
+    for groups, says in (([rest], "fc.weight is in 0 groups"), ([rest, head, head[:1]],
+                         "fc.weight is in 2 groups")):
+        with pytest.raises(utils.UserError, match=says):
+            engine.check_groups(model, [{"params": group} for group in groups])
+    run, _ = start(model)
+    del run.optimizer.param_groups[1]["params"][0]
+    with pytest.raises(utils.UserError, match=r"fc.weight is in 0 groups"):
+        run.start(model, run.optimizer, run.scheduler, run.sizes)
+
+
+def test_several_processes_refuse_a_weight_without_a_gradient(start, runtime):
+    run, _ = start(Own())
+    run.runtime = runtime._replace(ranks=2)
+    with pytest.raises(utils.UserError, match=r"no gradient reaches scale, "):
+        run.check_gradients()
+
+
+def mixed(images, labels, generator):
+    """Blend each image with another one, and its label too (Zhang et al. 2017)."""
+    labels = nn.functional.one_hot(labels, 100).float()
+    other = torch.randperm(len(images), generator=generator, device=images.device)
+    return 0.7 * images + 0.3 * images[other], 0.7 * labels + 0.3 * labels[other]
+
+
+def test_soft_labels_are_trained_on_and_counted_by_their_likeliest_class(start):
+    run, batches = start(models.ResNet())
+    run.augmentation, run.generator, run.total_steps = mixed, torch.Generator(), 1
+    images, labels, weight = next(batches.shuffled(0, 0, 0, 8))
+    _, soft = run.augment(images, labels)
+    run.network = lambda images: 5 * soft + 0 * run.model(images)  # it knows the answers
+    metrics = engine.train_one_epoch(run, [(images, labels, weight)], 0.1)
+    expected = nn.functional.cross_entropy(5 * soft, soft, label_smoothing=0.1).item()
+    assert metrics.loss == pytest.approx(expected)
+    assert (metrics.accuracy, metrics.images) == (1.0, 10)
+
+
+def test_an_augmentation_draws_the_same_after_a_resume_and_other_numbers_in_each_step(start):
+    run, _ = start(models.ResNet())
+    run.augmentation, run.generator = mixed, torch.Generator()
+    images, labels = torch.rand(10, 3, 8, 8), torch.arange(10)
+    first, again = run.augment(images, labels), run.augment(images, labels)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    drawn = [first[0]]
+    for position, rank in ((engine.Position(step=1), 0), (engine.Position(1), 0),
+                           (engine.Position(), 1)):
+        run.position, run.runtime = position, run.runtime._replace(rank=rank)
+        drawn.append(run.augment(images, labels)[0])
+    assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, data_dir):
+    """A run of part 1 that was stopped after a step: its flags, and its directory."""
+    flags = [*SMALL, "--data-dir", data_dir, "--resume",
+             "--output-dir", tmp_path_factory.mktemp("stopped")]
+    process = script("train_resnet", *flags, "--max-minutes", 0.001)
+    assert process.returncode == utils.STOPPED
+    assert f"resume     no checkpoint in {flags[-1]}, so the run begins" in process.stdout
+    return flags, flags[-1]
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda state: state["model"].pop("fc.weight"),
+     r"of another network: it has no fc.weight, where this one has fc.weight \(100, 256\)"),
+    (lambda state: state["model"].update({"fc.weight": torch.zeros(10, 256)}),
+     r"of another network: it has fc.weight \(10, 256\), where this one has fc.weight \(100, 256"),
+    (lambda state: state["model"].update({"more": torch.zeros(2)}),
+     r"of another network: it has more \(2,\), where this one has no more"),
+    (lambda state: state["optimizer"]["param_groups"][1]["params"].pop(),
+     r"of another optimizer: its groups hold \[28, 0, 57\] weights, now \[28, 1, 57\]"),
+])
+def test_another_network_is_not_called_a_damaged_file(stopped, change, says):
+    flags, directory = stopped
+    whole = (directory / "checkpoint.pt").read_bytes()
+    state = utils.load_tensors(directory / "checkpoint.pt")
+    change(state)
+    torch.save(state, directory / "checkpoint.pt")
+    process = script("train_resnet", *flags)
+    (directory / "checkpoint.pt").write_bytes(whole)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
+    with pytest.raises(utils.UserError, match=says):
+        raise utils.UserError(process.stderr)
+
+
+def test_what_a_run_is_of_stands_in_its_files(stopped):
+    _, directory = stopped
+    config = json.loads((directory / "config.json").read_text())
+    state = utils.load_tensors(directory / "checkpoint.pt")
+    for name in ("code", "network", "data"):
+        assert state[name] == config[name]
+    assert config["network"]["name"] == "ResNet" and config["network"]["parameters"] == 3_559_556
+    assert ["conv3_x", "4 x BasicBlock", 279_680] in config["network"]["layers"]
+    assert sum(count for *_, count in config["network"]["layers"]) == 3_559_556
+    assert set(config["code"]) == {"commit", "changed", "modules"}
+
+
+def test_a_resumed_run_says_that_the_code_has_changed(stopped):
+    flags, directory = stopped
+    state = utils.load_tensors(directory / "checkpoint.pt")
+    state["code"] |= {"commit": "", "modules": "0123456789ab"}
+    torch.save(state, directory / "checkpoint.pt")
+    process = script("train_resnet", *flags)
+    assert process.returncode == 0
+    assert "the code has changed since this run began: it was modules 0123456789ab, and is " \
+        in process.stdout
+
+
+def test_the_identity_of_the_code(monkeypatch, tmp_path):
+    """The commit where there is git, and always a hash, which any change of a module changes."""
+    answers = iter(["1a2b3c4d5e6f7890\n", " M models.py\n", "1a2b3c4d5e6f7890\n", ""])
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
+        command, 0, next(answers)))
+    changed, clean = report.describe_code(), report.describe_code()
+    assert changed["commit"] == "1a2b3c4d5e6f"
+    assert changed["changed"] and not clean["changed"]
+    assert report.name_of_code(clean) == "commit 1a2b3c4d5e6f"
+    assert report.name_of_code(changed) == (
+        f"commit 1a2b3c4d5e6f with changes, modules {changed['modules']}")
+
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    without = report.describe_code()
+    assert without == {"commit": "", "changed": False, "modules": clean["modules"]}
+    assert report.name_of_code(without) == f"modules {clean['modules']}"
+    monkeypatch.setattr(models, "__file__", __file__)
+    assert report.describe_code()["modules"] != clean["modules"]
+
+
+def test_a_log_tells_the_time_left_once_and_before_the_first_epoch_ends(start, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    run, batches = start(models.ResNet())
+    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    assert not [line for line in caplog.messages if line.startswith("time  ")], "it took no minute"
+    monkeypatch.setattr(engine, "TELL_AFTER", 0)
+    run.position = engine.Position()
+    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    (line,) = [line for line in caplog.messages if line.startswith("time  ")]
+    assert " left, at " in line and line.endswith(" s a step")
+
+
+def test_the_time_left_is_of_all_epochs_and_their_evaluations(start, monkeypatch):
+    run, _ = start(models.ResNet(), "--epochs", 4)
+    run.sizes, run.steps_per_epoch, run.total_steps = [16, 16, 32, 32], 100, 400
+    run.position = engine.Position(epoch=1, step=40)
+    told = []
+    bar = type("Bar", (), {"disable": False, "set_postfix_str": lambda _, text, refresh:
+                           told.append(text)})()
+    run._tell_time_left(0.5, 60, bar)
+    # An epoch at 32 takes 2^1.6 times as long as one at 16, and there are as many images to test.
+    evaluation = 100 * 0.5 * 2**1.6 / 3
+    assert told == [f"{report.duration(30 + 2 * 50 * 2**1.6 + 3 * evaluation)} left in all"]
+
+
+def test_a_line_says_when_compilation_begins(start, runtime, caplog):
+    caplog.set_level(logging.INFO)
+    start(models.ResNet(), runtime=runtime._replace(compile=True))
+    assert any(line.startswith("compile    begins with the first step") for line in caplog.messages)
