@@ -270,9 +270,10 @@ def test_runs_are_compared_by_the_command_line(run_dir, tmp_path):
     (other / "config.json").write_text(config.replace('"seed": 0', '"seed": 1'))
     process = script("train_resnet", "--compare", run_dir, other, "--output-dir", tmp_path / "new")
     assert (process.returncode, process.stderr) == (0, "")
-    accuracy = f"{only_row(run_dir)['test_acc']:.2%}"
+    row = only_row(run_dir)
     assert process.stdout == (
-        f"train_resnet: finished runs 2, mean test accuracy {accuracy}, standard deviation 0.00%\n"
+        f"{report.MEANS_NOTE}\ntrain_resnet: n 2, test accuracy {row['test_acc']:.2%} (0.00%), "
+        f"test top-5 {row['test_top5']:.2%} (0.00%)\n"
         f"files      comparison.md, comparison.png in {tmp_path / 'new'}\n")
     assert shows_something(tmp_path / "new" / "comparison.png")
 
