@@ -249,6 +249,7 @@ def read_run(directory: Path) -> RunRecord:
 SUMMARY = ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
            "test loss", "verdict", "time", "training images/s")
 ENVIRONMENT = ("command", "runtime", "torch", "python", "system")
+SAID_IN_WORDS = ("epochs", "batch_size", "low_res", "image_size", "seed")  # settings
 NUMBERS_NOTE = "Numbers are those of the last epoch, not of the best.\n\n"
 MEANS_NOTE = "Means over n finished runs, in parentheses the sample standard deviation (n - 1):"
 MEANS = {"test accuracy": "test_acc", "test top-5": "test_top5", "val accuracy": "val_acc",
@@ -271,17 +272,36 @@ def write_run_report(directory: Path, history: list[dict]) -> None:
     """Write report.md and curves.png into a run's directory; raises OSError."""
     try:
         record = RunRecord(directory, read_config(directory), history)
-        summary, groups = _summary(record), group_runs([record])
+        (above, below), groups = _report_parts(record), group_runs([record])
     except Exception as error:  # a config.json that is not ours can raise anything
         log.info(f"warning    no report: {error}")
         return
-    text = NUMBERS_NOTE + markdown_table(SUMMARY, [summary])
     report, picture = (directory / name for name in RUN_REPORTS)
-    text += write_picture(picture, "", draw_curves, groups)
-    environment = [(name, record.config[name]) for name in ENVIRONMENT if name in record.config]
-    text += markdown_table(("environment", ""), environment)
-    text += markdown_table(("setting", ""), record.config["settings"].items())
-    write_text(report, text)
+    write_text(report, above + write_picture(picture, "## Curves", draw_curves, groups) + below)
+
+
+def _report_parts(record: RunRecord) -> tuple[str, str]:
+    """Return what report.md says above the curves, and what it says below them."""
+    config, last = record.config, record.history[-1]
+    network, words = config.get("network"), config.get("in_words", {})
+    images = "CIFAR-100" if config["dataset"] == "cifar100" else f"{config['dataset']} images"
+    above = (f"# {network['name'] if network else config['script']} on {images}: "
+             f"{last['test_acc']:.2%} after epoch {last['epoch']:.0f}\n\n{NUMBERS_NOTE}")
+    below = ""
+    if network:
+        layers = [*network["layers"], ("all", network["name"], network["parameters"])]
+        below = "## Network\n\n" + markdown_table(
+            ("layer", "kind", "parameters"), [(*layer, f"{count:,}") for *layer, count in layers])
+    recipe = list(words.items())
+    for name in (*config["recipe"], "weights", "data_dir"):
+        value = config["settings"].get(name)
+        if value is not None and value is not False and not (words and name in SAID_IN_WORDS):
+            recipe.append((name.replace("_", " "), value))
+    below += "## Recipe\n\n" + markdown_table(("", ""), recipe)
+    environment = [(name, config[name]) for name in ENVIRONMENT if name in config]
+    environment += [(name, _identity(config)[name][1]) for name in ("code", "images")]
+    below += "## Environment and code\n\n" + markdown_table(("", ""), environment)
+    return above + markdown_table(SUMMARY, [_summary(record)]), below
 
 
 def compare(directories: list[Path], into: Path) -> None:

@@ -128,6 +128,41 @@ def test_the_reported_epoch_is_the_last_not_the_best(tmp_path, drawn):
                    "164"], "180 s, and the images of three epochs in the time of all"
 
 
+IN_WORDS = {"network": "ResNet, 3,559,556 parameters", "optimizer": "Muon: rate 0.1",
+            "training": "3 epochs of 200 steps of 250 images", "seed": "0"}
+
+
+def test_a_report_says_what_matters_in_words_and_no_more(tmp_path, drawn):
+    last = made_up_run(tmp_path / "run", lr=0.1, dropout=False, weights=None, weight_decay=0,
+                       resume=True, no_download=False, max_minutes=None, data_dir="data",
+                       config={**KNOWN, "in_words": IN_WORDS})
+    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    text = (tmp_path / "run" / "report.md").read_text()
+    accuracy = f"{last['test_acc'][-1]:.2%}"
+    assert text.startswith(f"# ResNet on CIFAR-100: {accuracy} after epoch 3\n\n")
+    assert re.findall("^## .*", text, re.MULTILINE) == [
+        "## Curves", "## Network", "## Recipe", "## Environment and code"]
+    _, network, recipe, environment = tables(text)
+    assert network == [["conv1", "Conv2d", "864"], ["conv2_x", "2 x BasicBlock", "36,992"],
+                       ["fc", "Linear", "3,521,700"], ["all", "ResNet", "3,559,556"]]
+    assert recipe == [*map(list, IN_WORDS.items()), ["lr", "0.1"], ["weight decay", "0"],
+                      ["data dir", "data"]], "neither the epochs twice, nor what was not given"
+    assert environment == [["command", "a command"], ["runtime", "a device"], ["torch", "2.14.1"],
+                           ["code", "code 1a2b3c4"], ["images", "images 8f3a0c11"]]
+    assert "None" not in text and "False" not in text
+
+
+def test_a_report_says_as_much_as_is_known(tmp_path, drawn):
+    """A run that began with the code of before has all of its settings, and no network's table."""
+    made_up_run(tmp_path / "run", epochs=1, config={"dataset": "synthetic"})
+    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert re.match(r"# train_resnet on synthetic images: \d+\.\d\d% after epoch 1\n", text)
+    _, recipe, environment = tables(text)
+    assert recipe == [["epochs", "1"], ["seed", "0"]]
+    assert environment[3:] == [["code", "unknown code"], ["images", "unknown images"]]
+
+
 def test_a_run_whose_config_is_gone_has_no_report_but_a_line(tmp_path, caplog):
     made_up_run(tmp_path / "run")
     history = report.read_run(tmp_path / "run").history

@@ -82,7 +82,8 @@ def only_row(output_dir) -> dict:
 def test_a_run_leaves_a_report_and_its_curves(finished):
     process, output_dir = finished["train_resnet"]
     assert "report.md, curves.png in" in process.stdout
-    runs, environment, settings = tables((output_dir / "report.md").read_text())
+    text = (output_dir / "report.md").read_text()
+    runs, *_, recipe, environment = tables(text)
     row, config = only_row(output_dir), json.loads((output_dir / "config.json").read_text())
     assert runs == [[
         str(output_dir), "0", "1 of 1", f"{row['train_acc']:.2%}", "-", f"{row['test_acc']:.2%}",
@@ -90,9 +91,13 @@ def test_a_run_leaves_a_report_and_its_curves(finished):
         "on synthetic images, so the course's required accuracy does not apply",
         report.duration(row["seconds"]), f"{row['images_per_second']:.0f}",
     ]]
-    assert [name for name, _ in environment] == ["command", "runtime", "torch", "python", "system"]
+    assert [name for name, _ in environment] == [
+        "command", "runtime", "torch", "python", "system", "code", "images"]
     assert ["torch", torch.__version__] in environment
-    assert settings == [[name, str(value)] for name, value in config["settings"].items()]
+    for name in ("label_smoothing", "precision", "data_dir"):
+        assert [name.replace("_", " "), str(config["settings"][name])] in recipe
+    assert re.match(r"# \w+ on synthetic images: \d+\.\d\d% after epoch 1\n", text)
+    assert "None" not in text and "False" not in text
     assert shows_something(output_dir / "curves.png")
 
 
