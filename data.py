@@ -60,13 +60,7 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
     source: str
     val: Split | None = None  # what `hold_out` took from the training set
-
-    def checksum(self) -> int:
-        """Return the CRC-32 of all images and labels."""
-        crc = 0
-        for tensor in (*self.train, *self.test, *(self.val or ())):
-            crc = zlib.crc32(tensor.numpy(), crc)
-        return crc
+    checksum: int = 0  # CRC-32 of all images and labels, before any are held out
 
     def evaluated(self) -> dict[str, Split]:
         """Return the splits to evaluate after every epoch: val, if there is one, and test."""
@@ -79,9 +73,19 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     CIFAR-100 comes from `data_dir`, a directory or one file; it is downloaded if it is not there.
     Raises UserError if it is not there and cannot be downloaded, or is not CIFAR-100.
     """
-    if name == "synthetic":
-        return synthetic()
-    data_dir = Path(data_dir)
+    dataset = synthetic() if name == "synthetic" else _load_cifar100(Path(data_dir), url, download)
+    return dataset._replace(checksum=checksum(dataset))
+
+
+def checksum(dataset: Dataset) -> int:
+    """Return the CRC-32 of all images and labels."""
+    crc = 0
+    for tensor in (*dataset.train, *dataset.test):
+        crc = zlib.crc32(tensor.numpy(), crc)
+    return crc
+
+
+def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
     try:
         if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
             raise UserError(f"--data-dir {data_dir}: no such file")

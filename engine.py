@@ -325,12 +325,15 @@ class Run:
             return found[1]
         for name in (*RUN_FILES, *report.RUN_REPORTS, *report.TEST_REPORTS):
             (self.output_dir / name).unlink(missing_ok=True)
-        report.write_text(self.output_dir / "config.json", json.dumps(self.config, indent=2) + "\n")
+        self._write_config()
         utils.keep_log(self.output_dir / "log.txt")
         report.print_words(self.config["in_words"])
         if self.args.resume:
             log.info(f"resume     no checkpoint in {self.output_dir}, so the run begins")
         return None
+
+    def _write_config(self) -> None:
+        report.write_text(self.output_dir / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     def _tell_of_resumption(self, path: Path, state: dict) -> None:
         last = f" (test acc {self.position.history[-1]['test_acc']:.2%})" if self.epoch else ""
@@ -339,9 +342,15 @@ class Run:
         if machine != f"{self.runtime}, torch {torch.__version__}":
             log.info(f"note       {path} comes from {machine}: the end will not be the same bits")
         code, before = self.config["code"], state.get("code")
-        if not before or before["modules"] != code["modules"]:
-            log.info(f"note       the code has changed since this run began: it was "
-                     f"{report.name_of_code(before)}, and is {report.name_of_code(code)}")
+        if before and before["modules"].endswith(code["modules"]):
+            self.config["code"] = before
+            return
+        log.info(f"note       the code has changed since this run began: it was "
+                 f"{report.name_of_code(before)}, and is {report.name_of_code(code)}")
+        # From now on the run is of neither.
+        modules = f"{before['modules'] if before else 'unknown'} then {code['modules']}"
+        self.config["code"] = {**code, "changed": True, "modules": modules}
+        self._write_config()
 
     def _use_checkpoint(self, path: Path, state: dict) -> None:
         """Set the state that a checkpoint holds, if it is one of this recipe and these images."""
@@ -606,13 +615,14 @@ def describe_run(run: Run) -> dict:
     code, words = report.describe_code(), report.in_words(runtime, dataset, run.model)
     words["code"] = report.name_of_code(code)
     words["recipe"] = ", ".join(
-        f"{name.replace('_', ' ')} {settings[name]}" for name in recipe
-        if settings[name] is not None and settings[name] is not False)
+        f"{name.replace('_', ' ')} {settings[name]}" for name in (*recipe, "weights")
+        if settings.get(name) is not None and settings[name] is not False)
     return {"script": Path(sys.argv[0]).stem, "dataset": dataset.name,
             "required_accuracy": run.required if dataset.name == "cifar100" else None,
             "command": shlex.join(sys.argv), "runtime": str(runtime),
             "torch": str(torch.__version__), "python": platform.python_version(),
-            "system": platform.platform(), "code": code, "data": dataset.checksum(),
+            "system": platform.platform(), "code": code,
+            "data": dataset.checksum or data.checksum(dataset),
             "classes": list(dataset.class_names),
             "network": models.describe(run.model), "recipe": recipe, "settings": settings,
             "in_words": words | recipe_in_words(run)}

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -223,11 +224,9 @@ def describe_code() -> dict:
 def name_of_code(code: dict | None) -> str:
     """Return in words what `describe_code` returned, or that it is unknown."""
     if not code:
-        return "unknown"
-    if code["commit"] and not code["changed"]:
-        return f"commit {code['commit']}"
-    after = f"commit {code['commit']} with changes, " if code["commit"] else ""
-    return f"{after}modules {code['modules']}"
+        return "unknown code"
+    words = "changed code of" if code["changed"] else "code"
+    return f"{words} {code['commit'][:7] or code['modules']}"
 
 
 def read_config(directory: Path) -> dict:
@@ -236,8 +235,6 @@ def read_config(directory: Path) -> dict:
     try:
         config = json.loads(path.read_bytes())
         config["script"], config["settings"] = str(config["script"]), dict(config["settings"])
-        # Up to commit f716c99 this was called the bar.
-        config.setdefault("required_accuracy", config.get("bar"))
         return config
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path}: cannot be used ({type(error).__name__}: {error})") from error
@@ -270,73 +267,119 @@ def read_run(directory: Path) -> RunRecord:
 
 SUMMARY = ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
            "test loss", "verdict", "time", "training images/s")
-ENVIRONMENT = ("command", "runtime", "torch", "python", "system")
+ENVIRONMENT = ("runtime", "torch", "python", "system")
 NUMBERS_NOTE = "Numbers are those of the last epoch, not of the best.\n\n"
+MEANS_NOTE = "Means over n finished runs, in parentheses the sample standard deviation (n - 1):"
+MEANS = {"test accuracy": "test_acc", "test top-5": "test_top5", "val accuracy": "val_acc",
+         "val top-5": "val_top5"}
 
 
 def _summary(record: RunRecord) -> tuple:
     """Return a run's row below SUMMARY; the numbers are those of the last epoch."""
     last = record.history[-1]
-    # Up to commit f716c99 metrics.csv had no times.
-    seconds = [row["seconds"] for row in record.history if "seconds" in row]
-    rates = [row["images_per_second"] for row in record.history if "images_per_second" in row]
     return (record.directory, record.config["settings"]["seed"],
             f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['train_acc']:.2%}",
             f"{last['val_acc']:.2%}" if "val_acc" in last else "-",
             f"{last['test_acc']:.2%}", f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
             verdict(last["test_acc"], record.config["required_accuracy"]),
-            duration(sum(seconds)) if seconds else "-",
-            f"{statistics.harmonic_mean(rates):.0f}" if rates else "-")
+            duration(sum(row["seconds"] for row in record.history)),
+            f"{statistics.harmonic_mean(row['images_per_second'] for row in record.history):.0f}")
 
 
 def write_run_report(directory: Path, history: list[dict]) -> None:
     """Write report.md and curves.png into a run's directory; raises OSError."""
     try:
         record = RunRecord(directory, read_config(directory), history)
-        summary, groups = _summary(record), group_runs([record])
+        (above, below), groups = _report_parts(record), group_runs([record])
     except Exception as error:  # a config.json that is not ours can raise anything
         log.info(f"warning    no report: {error}")
         return
-    text = NUMBERS_NOTE + markdown_table(SUMMARY, [summary])
     report, picture = (directory / name for name in RUN_REPORTS)
-    text += write_picture(picture, "", draw_curves, groups)
-    environment = [(name, record.config[name]) for name in ENVIRONMENT if name in record.config]
-    text += markdown_table(("environment", ""), environment)
-    text += markdown_table(("setting", ""), record.config["settings"].items())
-    write_text(report, text)
+    write_text(report, above + write_picture(picture, "## Curves", draw_curves, groups) + below)
+
+
+def _report_parts(record: RunRecord) -> tuple[str, str]:
+    """Return what report.md says above the curves, and what it says below them."""
+    config, last = record.config, record.history[-1]
+    network, words = config.get("network"), config.get("in_words", {})
+    images = "CIFAR-100" if config["dataset"] == "cifar100" else f"{config['dataset']} images"
+    above = (f"# {network['name'] if network else config['script']} on {images}: "
+             f"{last['test_acc']:.2%} after epoch {last['epoch']:.0f}\n\n{NUMBERS_NOTE}")
+    below = ""
+    if network:
+        layers = [*network["layers"], ("all", network["name"], network["parameters"])]
+        below = "## Network\n\n" + markdown_table(
+            ("layer", "kind", "parameters"), [(*layer, f"{count:,}") for *layer, count in layers])
+    below += "## Recipe\n\n" + markdown_table(("", ""), words.items())
+    environment = [(name, config[name]) for name in ENVIRONMENT if name in config]
+    below += "## Environment\n\n" + markdown_table(("", ""), environment)
+    return above + markdown_table(SUMMARY, [_summary(record)]), below
 
 
 def compare(directories: list[Path], into: Path) -> None:
     """Write COMPARISON on these runs, and print the means over seeds; raises UserError."""
     if process_rank():
         return
-    records = [read_run(directory) for directory in dict.fromkeys(directories)]
+    records, unread = [], []
+    for directory in dict.fromkeys(directories):
+        try:
+            records.append(read_run(directory))
+        except UserError as error:
+            unread.append(one_line(error))
+    if not records:
+        raise UserError("; ".join(unread))
     groups = group_runs(records)
-    rows = []
-    for label, group in groups.items():
-        last = [record.history[-1] for record in group]
-        accuracies = [row["test_acc"] for row in last if row["epoch"] == row["epochs"]]
-        mean = f"{statistics.mean(accuracies):.2%}" if accuracies else "-"
-        deviation = f"{statistics.stdev(accuracies):.2%}" if len(accuracies) > 1 else "-"
-        rows.append((label, len(accuracies), mean, deviation))
+    notes = [f"warning    {error}" for error in unread] + _notes(records, groups)
+    means = {label: _means(group) for label, group in groups.items()}
     report, picture = (into / name for name in COMPARISON)
     with guard(f"--output-dir {into}: cannot be written", OSError):
         into.mkdir(parents=True, exist_ok=True)
-        text = NUMBERS_NOTE + markdown_table(SUMMARY, map(_summary, records))
-        text += write_picture(picture, "", draw_curves, groups)
-        header = ("runs", "finished", "mean test accuracy", "standard deviation")
-        write_text(report, text + markdown_table(header, rows))
-    for label, count, mean, deviation in rows:
-        log.info(f"{label}: finished runs {count}, mean test accuracy {mean}, standard deviation "
-                 f"{deviation}")
+        text = NUMBERS_NOTE + "".join(f"{one_line(note)}\n\n" for note in notes)
+        text += markdown_table(SUMMARY, map(_summary, records))
+        text += write_picture(picture, "", draw_curves, groups) + f"{MEANS_NOTE}\n\n"
+        rows = [(label, *cells.values()) for label, cells in means.items()]
+        write_text(report, text + markdown_table(("runs", "n", *MEANS), rows))
+    for line in (*notes, MEANS_NOTE):
+        log.info(line)
+    for label, cells in means.items():
+        said = [f"{name} {cell}" for name, cell in cells.items() if cell != "-"]
+        log.info(f"{label}: {', '.join(said)}")
     log.info(files_line(into, COMPARISON))
 
 
-# The settings of a recipe in a config.json of up to commit f716c99, which does not name them.
-OLD_RECIPE = ("dataset", "val_size", "epochs", "max_steps", "batch_size", "lr", "weight_decay",
-              "label_smoothing", "seed", "precision", "low_res", "image_size")
+def _means(group: list[RunRecord]) -> dict[str, str]:
+    """Return how many of these runs are finished, and of these the MEANS, by name."""
+    last = [record.history[-1] for record in group]
+    last = [row for row in last if row["epoch"] == row["epochs"]]
+    cells = {"n": str(len(last))}
+    for name, column in MEANS.items():
+        values = [row[column] for row in last if column in row]
+        cells[name] = f"{statistics.mean(values):.2%}" if values else "-"
+        if len(values) > 1:
+            cells[name] += f" ({statistics.stdev(values):.2%})"
+    return cells
+
+
+def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list[str]:
+    """Return a line on each group that has a seed twice, or is kept apart by one of KINDS."""
+    notes = []
+    for label, group in groups.items():
+        seeds = [str(record.config["settings"]["seed"]) for record in group]
+        same = [f"seed {seed} in {record.directory}"
+                for seed, record in zip(seeds, group, strict=True) if seeds.count(seed) > 1]
+        if same:
+            notes.append(f"warning    {label}: runs that are not independent: {', '.join(same)}")
+        kinds = [name for name in KINDS if name in _differences(group[0], records)]
+        if kinds:
+            runs = ", ".join(str(record.directory) for record in group)
+            other = " and ".join(kinds)
+            notes.append(f"note       {label}: kept apart from runs of other {other}: {runs}")
+    return notes
+
+
+KINDS = ("code", "network", "images")  # what keeps runs apart beside their settings
 # How a legend says a setting; others are said by the name of their flag.
-IN_WORDS = {
+LEGEND = {
     "epochs": "{} epochs", "max_steps": "{} steps", "batch_size": "batch size {}",
     "lr": "learning rate {}", "val_size": "{} images held out", "image_size": "{} pixels",
     "low_res": "{} of the epochs at low resolution", "precision": "{}", "dataset": "{} images"}
@@ -346,55 +389,81 @@ def group_runs(records: list[RunRecord]) -> dict[str, list[RunRecord]]:
     """Group the runs that differ only in the seed; keys name the script and what differs."""
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        others = [other for other in records if other.config["script"] == record.config["script"]]
-        label = [record.config["script"]]
-        # --weights is no flag of the recipe, for a resumed run may omit it. But runs from other
-        # weights must not be averaged.
-        for name in (*record.config.get("recipe", OLD_RECIPE), "weights"):
-            value = record.config["settings"].get(name)
-            differs = any(other.config["settings"].get(name) != value for other in others)
-            if differs and name != "seed" and value is not None:
-                label.append(IN_WORDS.get(name, f"{name.replace('_', ' ')} {{}}").format(value))
-        groups.setdefault(", ".join(label), []).append(record)
+        label = ", ".join([record.config["script"], *_differences(record, records).values()])
+        groups.setdefault(label, []).append(record)
     return groups
+
+
+def _differences(record: RunRecord, records: list[RunRecord]) -> dict[str, str]:
+    """Return in words, by name, what tells a run from others of its script, but for the seed."""
+    others = [_identity(other.config) for other in records
+              if other.config["script"] == record.config["script"]]
+    differences = {}
+    for name, (value, words) in _identity(record.config).items():
+        theirs = [other.get(name, (None, "")) for other in others]
+        rivals = {other_words for other, other_words in theirs if other != value}
+        if rivals and words:
+            # Two versions of changed code have the same words.
+            differences[name] = f"{words} ({value})" if words in rivals else words
+    return differences
+
+
+def _identity(config: dict) -> dict[str, tuple[object, str]]:
+    """Return all that runs to be averaged agree in, by name: its value, and the legend's words."""
+    identity = {}
+    # --weights is no flag of the recipe, for a resumed run may omit it. But runs from other
+    # weights must not be averaged.
+    for name in (*config["recipe"], "weights"):
+        value = config["settings"].get(name)
+        words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
+        if name != "seed":
+            identity[f"--{name}"] = value, "" if value is None else words
+    identity |= {name: (None, f"unknown {name}") for name in KINDS}
+    if code := config.get("code"):
+        identity["code"] = code["modules"], name_of_code(code)
+    if network := config.get("network"):
+        words = f"{network['name']} of {network['parameters']:,} parameters"
+        identity["network"] = f"{zlib.crc32(repr(network).encode()):08x}", words
+    if "data" in config:
+        identity["images"] = config["data"], f"images {config['data']:08x}"
+    return identity
 
 
 def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     """Draw the groups' mean loss, accuracy and learning rate by epoch, one row a script."""
-    rows: dict[str, dict[str, list[RunRecord]]] = {}
+    scripts: dict[str, dict[str, list[RunRecord]]] = {}
     for label, records in groups.items():
-        script = records[0].config["script"]
-        name = label.removeprefix(script).removeprefix(", ") or "this recipe"
-        if len(records) > 1:
-            name += f" ({len(records)} runs)"
-        rows.setdefault(script, {})[name] = records
+        scripts.setdefault(records[0].config["script"], {})[label] = records
     legends = []
-    grid = figure.subplots(len(rows), 3, squeeze=False)
-    for (loss, accuracy, rate), (script, named) in zip(grid, rows.items(), strict=True):
+    grid = figure.subplots(len(scripts), 3, squeeze=False)
+    for panels, (script, named) in zip(grid, scripts.items(), strict=True):
+        loss, accuracy, rate = panels
         loss.set_title(f"{script}.py", loc="left")
         loss.set(ylabel="cross entropy, nats (training: smoothed)")
         accuracy.set(ylabel="accuracy, %", ylim=(0, 100))
         rate.set(ylabel="learning rate at the end of the epoch")
-        longest = max(len(record.history) for records in named.values() for record in records)
-        for panel in (loss, accuracy, rate):
+        longest = max(len(record.history) for record in itertools.chain(*named.values()))
+        for panel in panels:
             panel.set(xlabel="epoch", xlim=(0.5, max(longest, 2) + 0.5))
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
-        handles = _draw_groups(loss, accuracy, rate, named)
+        handles = _draw_groups(panels, named)
         rate.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
         legends.append("\n".join(handle.get_label() for handle in handles).splitlines())
     # Inches: 11.5 for the panels, and what a legend needs beside them, by its lines and letters.
     letters = max(len(line) for legend in legends for line in legend)
     lines = max(map(len, legends))
-    figure.set_size_inches(11.5 + 0.09 * letters, len(rows) * max(4, 0.5 + 0.22 * lines))
+    figure.set_size_inches(11.5 + 0.09 * letters, len(scripts) * max(4, 0.5 + 0.22 * lines))
 
 
-def _draw_groups(loss: "Axes", accuracy: "Axes", rate: "Axes",
-                 groups: dict[str, list[RunRecord]]) -> list["Artist"]:
+def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -> list["Artist"]:
     """Draw the groups of one script into its panels; return what the legend explains."""
+    loss, accuracy, rate = panels
     handles, dashes, shades = [], {}, {}
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
-    for (name, records), (colour, marker) in zip(groups.items(), looks, strict=False):
+    for (label, records), (colour, marker) in zip(groups.items(), looks, strict=False):
+        name = label.partition(", ")[2] or "this recipe"
+        name += f" ({len(records)} runs)" if len(records) > 1 else ""
         look = {"color": colour, "marker": marker, "markersize": 4}
         handles += loss.plot([], [], label=textwrap.fill(name, 45), **look)
         for split, (dash, word) in DASHES.items():
@@ -412,7 +481,7 @@ def _draw_groups(loss: "Axes", accuracy: "Axes", rate: "Axes",
     named = {}
     for epochs, sides in shades.items():
         label = f"trained on images of {' and '.join(sorted(sides))} pixels"
-        for panel in (loss, accuracy, rate):
+        for panel in panels:
             named[label] = panel.axvspan(0.5, epochs + 0.5, color="0.5", alpha=0.12, linewidth=0,
                                          label=label)
     handles += named.values()

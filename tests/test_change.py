@@ -190,12 +190,16 @@ def test_what_a_run_is_of_stands_in_its_files(stopped):
 def test_a_resumed_run_says_that_the_code_has_changed(stopped):
     flags, directory = stopped
     state = utils.load_tensors(directory / "checkpoint.pt")
-    state["code"] |= {"commit": "", "modules": "0123456789ab"}
+    state["code"] = {"commit": "", "changed": False, "modules": "0123456789ab"}
     torch.save(state, directory / "checkpoint.pt")
     process = script("train_resnet", *flags)
     assert process.returncode == 0
-    assert "the code has changed since this run began: it was modules 0123456789ab, and is " \
+    assert "the code has changed since this run began: it was code 0123456789ab, and is " \
         in process.stdout
+    config = json.loads((directory / "config.json").read_text())
+    assert config["code"]["changed"] and config["code"]["modules"].startswith("0123456789ab then ")
+    again = script("train_resnet", *flags)
+    assert again.returncode == 0 and "the code has changed" not in again.stdout, "it was told once"
 
 
 def test_the_identity_of_the_code(monkeypatch, tmp_path):
@@ -206,9 +210,8 @@ def test_the_identity_of_the_code(monkeypatch, tmp_path):
     changed, clean = report.describe_code(), report.describe_code()
     assert changed["commit"] == "1a2b3c4d5e6f"
     assert changed["changed"] and not clean["changed"]
-    assert report.name_of_code(clean) == "commit 1a2b3c4d5e6f"
-    assert report.name_of_code(changed) == (
-        f"commit 1a2b3c4d5e6f with changes, modules {changed['modules']}")
+    assert report.name_of_code(clean) == "code 1a2b3c4"
+    assert report.name_of_code(changed) == "changed code of 1a2b3c4"
 
     def no_git(*_, **__):
         raise FileNotFoundError("git")
@@ -216,7 +219,7 @@ def test_the_identity_of_the_code(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", no_git)
     without = report.describe_code()
     assert without == {"commit": "", "changed": False, "modules": clean["modules"]}
-    assert report.name_of_code(without) == f"modules {clean['modules']}"
+    assert report.name_of_code(without) == f"code {clean['modules']}"
     monkeypatch.setattr(models, "__file__", __file__)
     assert report.describe_code()["modules"] != clean["modules"]
 

@@ -20,16 +20,25 @@ import utils
 COLUMNS = ("lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_top5", "test_loss",
            "test_acc", "test_top5")
 RECIPE = ["epochs", "lr", "weight_decay", "dropout", "seed"]
+CODE = {"commit": "1a2b3c4d5e6f", "changed": False, "modules": "0123456789ab"}
+NETWORK = {"name": "ResNet", "parameters": 3_559_556, "layers": [
+    ["conv1", "Conv2d", 864], ["conv2_x", "2 x BasicBlock", 36_992], ["fc", "Linear", 3_521_700]]}
+MEANS = ("test_acc", "test_top5", "val_acc", "val_top5")
+KNOWN = {"code": CODE, "network": NETWORK, "data": 0x8f3a0c11}
 
 
 def made_up_run(directory, script="train_resnet", required=60.0, seed=0, epochs=3, sizes=None,
-                **settings):
-    """Write the files of a run with random numbers; return them by column."""
+                config=KNOWN, **settings):
+    """Write the files of a run with random numbers; return them by column.
+
+    `config` has further entries of config.json.
+    """
     rng = np.random.default_rng(seed)
     directory.mkdir()
     settings |= {"seed": seed, "epochs": epochs, "output_dir": str(directory)}
-    config = {"script": script, "required_accuracy": required, "command": "a command",
-              "runtime": "a device", "torch": "2.14.1", "recipe": RECIPE, "settings": settings}
+    config = {"script": script, "dataset": "cifar100", "required_accuracy": required,
+              "command": "a command", "runtime": "a device", "torch": "2.14.1", "recipe": RECIPE,
+              "settings": settings, **config}
     (directory / "config.json").write_text(json.dumps(config))
     numbers = rng.uniform(size=(epochs, len(COLUMNS))).round(4)
     with open(directory / "metrics.csv", "w") as file:
@@ -39,23 +48,6 @@ def made_up_run(directory, script="train_resnet", required=60.0, seed=0, epochs=
             size = sizes[epoch - 1] if sizes else 32
             writer.writerow(["cifar100", epoch, epochs, size, *row, 100 * epoch, 60, 0])
     return dict(zip(COLUMNS, numbers.T, strict=True))
-
-
-def make_old(directory) -> None:
-    """Make of a run's files those that the code wrote until 2026-11."""
-    config = json.loads((directory / "config.json").read_text())
-    config["bar"] = config.pop("required_accuracy")
-    del config["recipe"]
-    (directory / "config.json").write_text(json.dumps(config))
-    with open(directory / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    new = (*report.TIMES, "image_size")
-    old = [name for name in rows[0] if name not in new]
-    for name, columns in (("metrics.csv", old), ("times.csv", ["epoch", *report.TIMES])):
-        with open(directory / name, "w") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def curves(panel) -> list:
@@ -94,12 +86,12 @@ def test_scores_equal_numpys():
 
 
 def test_an_epochs_line_is_the_one_of_the_readme():
-    row = {"dataset": "cifar100", "epoch": 4, "epochs": 5, "lr": 0.025,
+    row = {"dataset": "cifar100", "epoch": 4, "epochs": 5, "image_size": 32, "lr": 0.025,
            **report.metric_columns({"train": report.Metrics(2.184, 0.5668, np.nan, 50_000),
                                     "test": report.Metrics(1.541, 0.5867, 0.859, 10_000)}),
            "images_per_second": 501.2, "seconds": 104.6, "eta_seconds": 105}
     assert report.epoch_line(row) == (
-        "epoch  4/5  lr 0.0250  train loss 2.184 acc 56.68%  test loss 1.541 acc 58.67% "
+        "epoch  4/5  32px  lr 0.0250  train loss 2.184 acc 56.68%  test loss 1.541 acc 58.67% "
         "top5 85.90%  501 img/s  104.6 s  eta 1m45s")
     row |= {"dataset": "synthetic", "val_loss": 3.0, "val_acc": 0.04, "val_top5": 0.1}
     assert report.epoch_line(row).startswith("[synthetic]  epoch  4/5 ")
@@ -134,6 +126,37 @@ def test_the_reported_epoch_is_the_last_not_the_best(tmp_path, drawn):
                    last["test_acc"], last["test_top5"], f"{numbers['test_loss'][-1]:.3f}",
                    "the course's required accuracy of 60% is not met", "3m00s",
                    "164"], "180 s, and the images of three epochs in the time of all"
+
+
+IN_WORDS = {"network": "ResNet, 3,559,556 parameters", "optimizer": "Muon: rate 0.1",
+            "training": "3 epochs of 200 steps of 250 images", "seed": "0"}
+
+
+def test_a_report_says_what_matters_in_words_and_no_more(tmp_path, drawn):
+    last = made_up_run(tmp_path / "run", lr=0.1, dropout=False, weights=None, weight_decay=0,
+                       resume=True, no_download=False, max_minutes=None, data_dir="data",
+                       config={**KNOWN, "in_words": IN_WORDS})
+    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    text = (tmp_path / "run" / "report.md").read_text()
+    accuracy = f"{last['test_acc'][-1]:.2%}"
+    assert text.startswith(f"# ResNet on CIFAR-100: {accuracy} after epoch 3\n\n")
+    assert re.findall("^## .*", text, re.MULTILINE) == [
+        "## Curves", "## Network", "## Recipe", "## Environment"]
+    _, network, recipe, environment = tables(text)
+    assert network == [["conv1", "Conv2d", "864"], ["conv2_x", "2 x BasicBlock", "36,992"],
+                       ["fc", "Linear", "3,521,700"], ["all", "ResNet", "3,559,556"]]
+    assert recipe == [*map(list, IN_WORDS.items())]
+    assert environment == [["runtime", "a device"], ["torch", "2.14.1"]]
+    assert "None" not in text and "False" not in text
+
+
+def test_a_report_says_as_much_as_is_known(tmp_path, drawn):
+    """A run of other code, that knew less, has a report too."""
+    made_up_run(tmp_path / "run", epochs=1, config={"dataset": "synthetic"})
+    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert re.match(r"# train_resnet on synthetic images: \d+\.\d\d% after epoch 1\n", text)
+    assert "None" not in text and "## Network" not in text
 
 
 def test_a_run_whose_config_is_gone_has_no_report_but_a_line(tmp_path, caplog):
@@ -226,14 +249,33 @@ def test_seeds_are_compared_as_mean_range_and_table(tmp_path, drawn, caplog):
         ys = [y for x, y in band.get_paths()[0].vertices if x == epoch]
         np.testing.assert_allclose((min(ys), max(ys)), (min(column), max(column)))
 
-    last = [100 * numbers["test_acc"][-1] for numbers in three]
-    mean, deviation = f"{np.mean(last):.2f}%", f"{np.std(last, ddof=1):.2f}%"
-    label = "train_resnet, learning rate 0.1"
-    assert caplog.messages[0] == (f"{label}: finished runs 3, mean test accuracy {mean}, standard "
-                                  f"deviation {deviation}")
-    runs, seeds = tables((into / "comparison.md").read_text())
+    means = [f"{np.mean(last):.2f}% ({np.std(last, ddof=1):.2f}%)" for last in (
+        [100 * numbers[name][-1] for numbers in three] for name in MEANS)]
+    text, label = (into / "comparison.md").read_text(), "train_resnet, learning rate 0.1"
+    header, first, second, files = caplog.messages
+    assert header in text and "the sample standard deviation (n - 1)" in header
+    assert first == (f"{label}: n 3, test accuracy {means[0]}, test top-5 {means[1]}, "
+                     f"val accuracy {means[2]}, val top-5 {means[3]}")
+    assert "| runs | n | test accuracy | test top-5 | val accuracy | val top-5 |" in text
+    assert second.startswith(f"train_resnet, learning rate 0.2: n 1, test accuracy "
+                             f"{other['test_acc'][-1]:.2%}, test top-5 ")
+    assert files == f"files      comparison.md, comparison.png in {into}"
+    runs, seeds = tables(text)
     assert [row[0] for row in runs] == [str(name) for name in directories], "each once"
-    assert seeds[0] == [label, "3", mean, deviation] and seeds[1][1] == "1"
+    assert seeds[0] == [label, "3", *means]
+    assert seeds[1][1:] == ["1", *(f"{other[name][-1]:.2%}" for name in MEANS)]
+
+
+def test_without_a_validation_set_there_is_no_mean_of_one(tmp_path, drawn, caplog):
+    last = made_up_run(tmp_path / "run")
+    text = (tmp_path / "run" / "metrics.csv").read_text()
+    (tmp_path / "run" / "metrics.csv").write_text(text.replace("val_", "other_"))
+    with caplog.at_level("INFO", "cifar100"):
+        report.compare([tmp_path / "run"], tmp_path)
+    means = [f"{last[name][-1]:.2%}" for name in MEANS[:2]]
+    assert caplog.messages[1] == "train_resnet: n 1, test accuracy {}, test top-5 {}".format(*means)
+    _, groups = tables((tmp_path / "comparison.md").read_text())
+    assert groups == [["train_resnet", "1", *means, "-", "-"]]
 
 
 def test_a_band_goes_as_far_as_the_shortest_run(tmp_path, drawn):
@@ -252,14 +294,14 @@ def forget_the_last_epoch(directory) -> None:
 
 
 def test_an_unfinished_run_is_drawn_but_not_in_the_mean(tmp_path, drawn):
-    last = made_up_run(tmp_path / "whole", seed=0)["test_acc"][-1]
+    last = made_up_run(tmp_path / "whole", seed=0)
     made_up_run(tmp_path / "half", seed=1)
     forget_the_last_epoch(tmp_path / "half")
     for _ in range(2):  # what the first leaves behind is not in the way of the second
         report.compare([tmp_path / "whole", tmp_path / "half"], tmp_path)
     runs, groups = tables((tmp_path / "comparison.md").read_text())
     assert [row[2] for row in runs] == ["3 of 3", "2 of 3"]
-    assert groups == [["train_resnet", "1", f"{last:.2%}", "-"]]
+    assert groups == [["train_resnet", "1", *(f"{last[name][-1]:.2%}" for name in MEANS)]]
 
 
 def test_what_tells_runs_apart_is_the_recipe_that_they_name(tmp_path):
@@ -278,28 +320,75 @@ def test_what_tells_runs_apart_is_the_recipe_that_they_name(tmp_path):
     }
 
 
-def test_runs_that_name_no_recipe_are_told_apart_by_the_old_one(tmp_path):
-    for name, settings in (("a", {"batch_size": 50}), ("b", {"batch_size": 60, "compile": True}),
-                           ("c", {"batch_size": 60, "compile": False})):
-        made_up_run(tmp_path / name, **settings)
-        make_old(tmp_path / name)
-    records = [report.read_run(tmp_path / name) for name in "abc"]
-    groups = report.group_runs(records)
-    assert {label: len(group) for label, group in groups.items()} == {
-        "train_resnet, batch size 50": 1, "train_resnet, batch size 60": 2}
+def changed(**config) -> dict:
+    """Return what config.json says of a changed run."""
+    return {name: {**KNOWN[name], **entry} if isinstance(entry, dict) else entry
+            for name, entry in {**KNOWN, **config}.items()}
 
 
-def test_a_run_of_before_2026_11_still_compares(tmp_path, drawn):
-    numbers = [made_up_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
-    make_old(tmp_path / "a")
-    assert (tmp_path / "a" / "times.csv").exists()
-    report.compare([tmp_path / "a", tmp_path / "b"], tmp_path)
-    (old, new), ((_, finished, mean, _),) = tables((tmp_path / "comparison.md").read_text())
-    assert old[-2:] == ["-", "-"] and new[-2:] == ["3m00s", "164"], "its times are not read"
-    assert "required accuracy of 60%" in old[-3]
-    assert finished == "2"
-    assert mean == f"{np.mean([run['test_acc'][-1] for run in numbers]):.2%}"
-    assert required(drawn[0].axes[1]) == [60]
+@pytest.mark.parametrize("kind, config, words", [
+    ("code", {"code": {"commit": "9f8e7d6c5b4a", "modules": "a" * 12}},
+     ("code 1a2b3c4", "code 9f8e7d6")),
+    ("code", {"code": {"changed": True, "modules": "a" * 12}},
+     ("code 1a2b3c4", "changed code of 1a2b3c4")),
+    ("code", {"code": {"commit": "", "modules": "a" * 12}}, ("code 1a2b3c4", "code " + "a" * 12)),
+    ("code", {"code": {"modules": "a" * 12}},
+     ("code 1a2b3c4 (0123456789ab)", "code 1a2b3c4 (aaaaaaaaaaaa)")),
+    ("code", {"code": None}, ("code 1a2b3c4", "unknown code")),
+    ("network", {"network": {"name": "Mine"}},
+     ("ResNet of 3,559,556 parameters", "Mine of 3,559,556 parameters")),
+    ("network", {"network": {"parameters": 9}},
+     ("ResNet of 3,559,556 parameters", "ResNet of 9 parameters")),
+    ("images", {"data": 0x1}, ("images 8f3a0c11", "images 00000001")),
+])
+def test_runs_of_other_code_network_or_images_are_no_seeds_of_one(
+        tmp_path, drawn, caplog, kind, config, words):
+    """They have a mean each, and a line says so in the log and in comparison.md."""
+    for seed, name in enumerate("abc"):
+        made_up_run(tmp_path / name, seed=seed, config=changed(**config) if name == "c" else KNOWN)
+    with caplog.at_level("INFO", "cifar100"):
+        report.compare([tmp_path / name for name in "abc"], tmp_path)
+    runs = (f"{tmp_path / 'a'}, {tmp_path / 'b'}", tmp_path / "c")
+    text = (tmp_path / "comparison.md").read_text()
+    for line, label, where in zip(caplog.messages, words, runs, strict=False):
+        assert line == (f"note       train_resnet, {label}: kept apart from runs of other {kind}: "
+                        f"{where}")
+        assert " ".join(line.split()) in text
+    assert [row[:2] for row in tables(text)[1]] == [
+        [f"train_resnet, {label}", n] for label, n in zip(words, "21", strict=True)]
+    assert {f"{words[0]} (2 runs)", words[1]} < set(legends(drawn[0])[0])
+
+
+def test_networks_are_told_apart_by_their_layers(tmp_path):
+    """Also if they have one name and as many parameters."""
+    layers = {"layers": NETWORK["layers"][::-1]}
+    for name, network in (("a", {}), ("b", layers)):
+        made_up_run(tmp_path / name, config=changed(network=network))
+    groups = report.group_runs([report.read_run(tmp_path / name) for name in "ab"])
+    assert len(groups) == 2 and all("ResNet of 3,559,556 parameters (" in name for name in groups)
+
+
+def test_another_commit_with_the_same_modules_is_the_same_code(tmp_path, drawn, caplog):
+    """Only what was imported matters; and the code of another script is no reason, either."""
+    made_up_run(tmp_path / "a")
+    made_up_run(tmp_path / "b", seed=1, config=changed(code={"commit": "9f8e7d6c5b4a"}))
+    made_up_run(tmp_path / "c", "finetune_resnet18", config=changed(code={"modules": "a" * 12}))
+    with caplog.at_level("INFO", "cifar100"):
+        report.compare([tmp_path / name for name in "abc"], tmp_path)
+    assert [line.partition(",")[0] for line in caplog.messages[1:3]] == [
+        "train_resnet: n 2", "finetune_resnet18: n 1"]
+
+
+def test_a_seed_that_is_there_twice_is_told(tmp_path, drawn, caplog):
+    for name, seed in (("a", 0), ("b", 1), ("c", 0)):
+        made_up_run(tmp_path / name, seed=seed, lr=0.1)
+    made_up_run(tmp_path / "d", seed=1, lr=0.2)
+    with caplog.at_level("INFO", "cifar100"):
+        report.compare([tmp_path / name for name in "abcd"], tmp_path)
+    told = [line for line in caplog.messages if "warning" in line]
+    assert told == ["warning    train_resnet, learning rate 0.1: runs that are not independent: "
+                    f"seed 0 in {tmp_path / 'a'}, seed 0 in {tmp_path / 'c'}"]
+    assert " ".join(told[0].split()) in (tmp_path / "comparison.md").read_text()
 
 
 def test_a_path_with_a_vertical_bar_does_not_break_the_table(tmp_path, drawn):
@@ -311,9 +400,11 @@ def test_a_path_with_a_vertical_bar_does_not_break_the_table(tmp_path, drawn):
 @pytest.mark.parametrize("broken, content", [
     ("config.json", None), ("config.json", ""), ("config.json", "[1]"),
     ("config.json", '{"settings": []}'), ("metrics.csv", None), ("metrics.csv", ""),
-    ("metrics.csv", "epoch,epochs\n1,1\n"),
+    ("metrics.csv", "epoch,epochs\n1,1\n"), ("config.json", json.dumps({
+        "script": "a script", "recipe": [], "settings": {"seed": 0}, "required_accuracy": None,
+        "network": "no network"})),
 ])
-def test_what_is_no_run_is_refused_in_a_line(tmp_path, broken, content):
+def test_what_is_no_run_is_refused_in_a_line(tmp_path, drawn, caplog, broken, content):
     made_up_run(tmp_path / "run")
     (tmp_path / "run" / broken).unlink()
     if content is not None:
@@ -321,6 +412,14 @@ def test_what_is_no_run_is_refused_in_a_line(tmp_path, broken, content):
     with pytest.raises(utils.UserError, match="run: holds no run with a finished epoch"):
         report.compare([tmp_path / "run"], tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    # Beside another run it is a warning, and that one is compared.
+    made_up_run(tmp_path / "whole")
+    with caplog.at_level("INFO", "cifar100"):
+        report.compare([tmp_path / "run", tmp_path / "whole"], tmp_path / "new")
+    assert caplog.messages[0].startswith(
+        f"warning    {tmp_path / 'run'}: holds no run with a finished epoch (")
+    assert " ".join(caplog.messages[0].split()) in (tmp_path / "new" / "comparison.md").read_text()
+    assert caplog.messages[2].startswith("train_resnet: n 1, ")
 
 
 def test_a_comparison_that_cannot_be_written_names_the_directory(tmp_path, drawn):

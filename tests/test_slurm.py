@@ -69,7 +69,7 @@ def test_an_array_trains_a_seed_in_each_job(checkout):
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     accuracies = [100 * float(row["test_acc"]) for row in (rows[-1], other_rows[-1])]
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
-    assert f"accuracy {mean:.2f}%, standard deviation {deviation:.2f}%\n" in shown
+    assert f": n 2, test accuracy {mean:.2f}% ({deviation:.2f}%), test top-5 " in shown
     assert (checkout / "output" / "comparison.png").exists()
 
 

@@ -82,7 +82,8 @@ def only_row(output_dir) -> dict:
 def test_a_run_leaves_a_report_and_its_curves(finished):
     process, output_dir = finished["train_resnet"]
     assert "report.md, curves.png in" in process.stdout
-    runs, environment, settings = tables((output_dir / "report.md").read_text())
+    text = (output_dir / "report.md").read_text()
+    runs, *_, recipe, environment = tables(text)
     row, config = only_row(output_dir), json.loads((output_dir / "config.json").read_text())
     assert runs == [[
         str(output_dir), "0", "1 of 1", f"{row['train_acc']:.2%}", "-", f"{row['test_acc']:.2%}",
@@ -90,9 +91,14 @@ def test_a_run_leaves_a_report_and_its_curves(finished):
         "not on CIFAR-100, so the course's required accuracy does not apply",
         report.duration(row["seconds"]), f"{row['images_per_second']:.0f}",
     ]]
-    assert [name for name, _ in environment] == ["command", "runtime", "torch", "python", "system"]
+    assert [name for name, _ in environment] == ["runtime", "torch", "python", "system"]
     assert ["torch", torch.__version__] in environment
-    assert settings == [[name, str(value)] for name, value in config["settings"].items()]
+    assert recipe == [[name, text] for name, text in config["in_words"].items()]
+    (settings,) = (text for name, text in recipe if name == "recipe")
+    for name in ("label_smoothing", "precision", "seed", "val_size"):
+        assert f"{name.replace('_', ' ')} {config['settings'][name]}" in settings.split(", ")
+    assert re.match(r"# \w+ on synthetic images: \d+\.\d\d% after epoch 1\n", text)
+    assert "None" not in text and "False" not in text
     assert shows_something(output_dir / "curves.png")
 
 
@@ -178,11 +184,18 @@ def test_predict_prints_the_five_likeliest_as_csv(run_dir, pictures):
         assert probabilities == pytest.approx(values.tolist(), abs=2e-4)
 
 
-def test_a_model_of_cifar100_predicts_its_classes(run_dir, use, pictures):
-    stdout, _ = use("train_resnet", "--predict", pictures / "0.png", "--output-dir", run_dir,
-                    "--dataset", "cifar100")
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_model_predicts_the_classes_of_its_run(run_dir, use, pictures, tmp_path, has_config):
+    """And those of CIFAR-100 if nothing but the model is there."""
+    output_dir = shutil.copytree(run_dir, tmp_path / "run")
+    config, names = output_dir / "config.json", [f"kind {label}" for label in range(100)]
+    if has_config:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "classes": names}))
+    else:
+        config.unlink()
+    stdout, _ = use("train_resnet", "--predict", pictures / "0.png", "--output-dir", output_dir)
     rows = list(csv.DictReader(io.StringIO(stdout)))
-    assert {row["class"] for row in rows} < set(data.CLASS_NAMES)
+    assert {row["class"] for row in rows} < set(names if has_config else data.CLASS_NAMES)
 
 
 def test_a_picture_that_cannot_be_read_is_one_line_before_any_prediction(run_dir, pictures):
@@ -270,9 +283,10 @@ def test_runs_are_compared_by_the_command_line(run_dir, tmp_path):
     (other / "config.json").write_text(config.replace('"seed": 0', '"seed": 1'))
     process = script("train_resnet", "--compare", run_dir, other, "--output-dir", tmp_path / "new")
     assert (process.returncode, process.stderr) == (0, "")
-    accuracy = f"{only_row(run_dir)['test_acc']:.2%}"
+    row = only_row(run_dir)
     assert process.stdout == (
-        f"train_resnet: finished runs 2, mean test accuracy {accuracy}, standard deviation 0.00%\n"
+        f"{report.MEANS_NOTE}\ntrain_resnet: n 2, test accuracy {row['test_acc']:.2%} (0.00%), "
+        f"test top-5 {row['test_top5']:.2%} (0.00%)\n"
         f"files      comparison.md, comparison.png in {tmp_path / 'new'}\n")
     assert shows_something(tmp_path / "new" / "comparison.png")
 
