@@ -208,11 +208,14 @@ class RunRecord(NamedTuple):
 def describe_code() -> dict:
     """Return the git commit of the project, if any, and a hash of its modules in this process."""
     here = Path(__file__).resolve().parent
-    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
+    files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
              if getattr(module, "__file__", None)}
-    files = sorted(file for file in files if file.parent == here and file.is_file())
-    modules = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *files]
+    # The script itself may lie elsewhere.
+    sources = sorted({file for name, file in files.items()
+                      if file.is_file() and (file.parent == here or name == "__main__")})
+    modules = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    tracked = [file for file in sources if file.parent == here]
+    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *tracked]
     try:
         commit, changes = (subprocess.run(["git", "-C", here, *command], capture_output=True,
                                           check=True, text=True).stdout for command in commands)

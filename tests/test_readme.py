@@ -3,10 +3,13 @@
 import importlib
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, script
+from PIL import Image
 
 import engine
 import models
@@ -17,7 +20,7 @@ DOCUMENTS = {name: (ROOT / name).read_text()
 # Flags of sbatch, torchrun, pytest and pip, which the documents name too.
 OF_OTHERS = {"--help", "--array", "--nodes", "--gpus-per-node", "--nproc-per-node", "--kills",
              "--time", "--account", "--partition", "--mem", "--requeue", "--open-mode", "--signal",
-             "--output", "--device-count", "--dependency", "--durations", "--index-url"}
+             "--output", "--device-count", "--dependency", "--durations", "--index-url", "--logdir"}
 both = pytest.mark.parametrize("name", ["train_resnet", "finetune_resnet18"])
 
 
@@ -71,7 +74,7 @@ def test_every_flag_that_a_document_names_exists(helps, document):
     known = set(re.findall(r"--[a-z][a-z0-9-]+", "".join(helps.values())))
     known |= set(re.findall(r"--[a-z-]+", script("tests/benchmark", "--help").stdout))
     named = set(re.findall(r"(?<![-\w|])--[a-z][a-z0-9-]+", DOCUMENTS[document]))
-    assert named - known - OF_OTHERS <= {"--dropout"}, "but for the example of a flag of one's own"
+    assert named - known - OF_OTHERS <= {"--width"}, "but for the example of a flag of one's own"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -102,37 +105,75 @@ def test_the_model_is_reachable_from_python_as_the_readme_says(tmp_path, monkeyp
     assert torch.equal(names["logits"], model(torch.ones(1, 3, 32, 32)))
 
 
-def test_the_augmentation_of_the_readme_runs_and_resumes(tmp_path):
-    """It is put into a copy of the script, as the README says, and stopped after a step."""
-    (code,) = (block for block in code_blocks(section("Change it")) if "def cutout" in block)
+def changed_script(tmp_path, *parts) -> Path:
+    """Return a copy of part 1 in which blocks of "Change it" stand where the README says."""
     text = (ROOT / "train_resnet.py").read_text()
-    assert text.count("train.shuffled(args.seed, epoch, start=run.step, size=sizes[epoch])") == 1
-    text = text.replace("train.shuffled(args.seed, epoch, start=run.step, size=sizes[epoch])",
-                        "cutout(train.shuffled(args.seed, epoch, run.step, sizes[epoch]))")
-    text = text.replace("def main()", f"{code}\n\ndef main()")
+    for part in parts:
+        (block,) = (block for block in code_blocks(section("Change it")) if part in block)
+        assert block.count("\n") <= 10
+        # A flag comes before another line, all else takes the place of what is there.
+        old = {"recipe(": r"(?=^    parser.add_shared_recipe)",
+               "AUGMENT": r"^AUGMENT = None.*?\n"}.get(part, rf"^{part}.*?\n\n(?=\n)")
+        text = re.sub(old, block, text, flags=re.MULTILINE | re.DOTALL)
+        assert block in text
     for path in ROOT.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text())
-    (tmp_path / "train_resnet.py").write_text(text)
+        shutil.copy(path, tmp_path)
+    (tmp_path / "train_mine.py").write_text(text)
+    return tmp_path / "train_mine"
+
+
+def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_path):
+    mine = changed_script(tmp_path, "recipe(", "def make_model", "AUGMENT")
     flags = ["--dataset", "synthetic", "--device", "cpu", "--batch-size", 20, "--max-steps", 3,
-             "--resume"]
-    copy = tmp_path / "train_resnet"
-    whole, chain = tmp_path / "whole", tmp_path / "chain"
-    assert script(copy, *flags, "--output-dir", whole).returncode == 0
-    assert script(copy, *flags, "--output-dir", chain, "--max-minutes", 0.001).returncode == 75
-    assert script(copy, *flags, "--output-dir", chain).returncode == 0
+             "--width", 48, "--resume", "--output-dir"]
+    whole, chain, plain = tmp_path / "whole", tmp_path / "chain", tmp_path / "plain"
+    process = script(mine, *flags, whole)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "network    Plain, " in process.stdout and ", flip, cutout\n" in process.stdout
+    assert "width 48" in process.stdout
+    assert script(mine, *flags, chain, "--max-minutes", 0.001).returncode == 75
+    assert script(mine, *flags, chain).returncode == 0
     assert (whole / "model.pt").read_bytes() == (chain / "model.pt").read_bytes()
-    plain = script("train_resnet", *flags, "--output-dir", tmp_path / "plain")
-    assert plain.returncode == 0
-    assert (whole / "model.pt").read_bytes() != (tmp_path / "plain" / "model.pt").read_bytes()
+    other = script(mine, *flags, chain, "--width", 64)
+    assert other.returncode == 2 and "--width 64 (was 48)" in other.stderr
+    accuracy = re.search(r"final test accuracy (\S+)", process.stdout)[1]
+    tested = script(mine, "--eval-only", "--device", "cpu", "--output-dir", whole)
+    assert f" acc {accuracy:>6} " in tested.stdout, "the width is that of the run"
+    (tmp_path / "a").mkdir()
+    changed_script(tmp_path / "a", "recipe(", "def make_model")
+    assert script(tmp_path / "a" / "train_mine", *flags, plain).returncode == 0
+    assert (whole / "model.pt").read_bytes() != (plain / "model.pt").read_bytes()
+    compared = script(mine, "--compare", whole, chain, plain, "--output-dir", tmp_path)
+    assert "kept apart from runs of other code" in compared.stdout
+    assert f"not independent: seed 0 in {whole}, seed 0 in {chain}" in compared.stdout
 
 
-def test_the_flag_of_the_readme_is_a_part_of_the_recipe(monkeypatch, tmp_path):
-    (code,) = (block for block in code_blocks(section("Change it")) if "--dropout" in block)
-    parser = engine.Parser("a title", str(tmp_path / "run"))
-    monkeypatch.setattr("sys.argv", ["train_resnet.py", "--dropout", "0.3"])
-    exec("if True:\n" + code, {"recipe": parser.add_recipe, "bounded": engine.bounded})
-    args = parser.read()
-    assert args.dropout == 0.3 and args.recipe == ["dropout"]
+def test_images_of_ones_own_are_trained_on_tested_and_named(tmp_path):
+    mine = changed_script(tmp_path, "def load_data")
+    text = mine.with_suffix(".py").read_text()
+    mine.with_suffix(".py").write_text(text.replace("models.ResNet()", "models.ResNet(10)"))
+    flags = ["--device", "cpu", "--output-dir", tmp_path / "run"]
+    process = script(mine, *flags, "--batch-size", 20, "--max-steps", 2, "--val-size", 100)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "mine: 900 training, 100 validation and 1,000 test images, made by" in process.stdout
+    assert "not on CIFAR-100" in process.stdout.splitlines()[-1]
+    tested = script(mine, *flags, "--eval-only")
+    assert (tested.returncode, tested.stderr) == (0, "") and "1,000 mine images" in tested.stdout
+    Image.new("RGB", (32, 32)).save(tmp_path / "grey.png")
+    named = script(mine, *flags, "--predict", tmp_path / "grey.png")
+    assert set(re.findall(r"png,\d,(\w),", named.stdout)) < set("abcdefghij")
+
+
+def test_the_tensorboard_of_the_readme(tmp_path):
+    pytest.importorskip("tensorboard")
+    (block,) = (block for block in code_blocks(section("Change it")) if "tensorboard" in block)
+    first, second = block.splitlines()
+    name, *flags = first.removeprefix("python ").split()
+    process = script(name.removesuffix(".py"), *flags, "--max-steps", 2, "--batch-size", 20,
+                     "--device", "cpu", "--output-dir", tmp_path / "output")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert list((tmp_path / "output").rglob("events.out.tfevents.*"))
+    assert second == "tensorboard --logdir output"
 
 
 def test_ci_runs_the_test_command_of_the_readme_and_the_marked_rest():
