@@ -5,11 +5,13 @@ A `Run` has a `Position`, `Checkpoints`, and a `Clock`, which decides when to sa
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -38,6 +40,13 @@ WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv
 TRAINED = ("model", "optimizer", "scheduler", "scaler")  # parts of a Run in a checkpoint
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "metrics.csv", *CHECKPOINTS, "model.pt")
+# Flags of other people's scripts, and what serves here.
+NO_WORKERS = "not needed, for the data are on the device"
+NO_MODEL = "the script makes its model in one place (README.md, 'Change it')"
+ELSEWHERE = {
+    "--workers": NO_WORKERS, "--num-workers": NO_WORKERS, "-j": NO_WORKERS, "--arch": NO_MODEL,
+    "--model": NO_MODEL, "--wd": "here --weight-decay", "--amp": "here --precision",
+    "--test-only": "here --eval-only", "--evaluate": "here --eval-only"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +90,13 @@ class Parser(argparse.ArgumentParser):
             help="save and stop with exit status 75 before M minutes are over (batch jobs)")
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError, for one line, instead of printing the usage and exiting."""
+        """Raise UserError, for one line with hints, instead of printing the usage and exiting."""
+        unknown = message.partition("unrecognized arguments:")[2]
+        for flag in re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", unknown):
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
+            hint = ELSEWHERE.get(flag.replace("_", "-").rstrip("0123456789"))
+            if hint or near:
+                message += f"; {flag}: {hint or f'do you mean {near[0]}?'}"
         raise UserError(f"{message} (--help lists the flags)")
 
     def add_recipe(self, flag: str, **keywords: object) -> None:
