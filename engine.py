@@ -39,11 +39,16 @@ SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 TRAINED = ("model", "optimizer", "scheduler", "scaler")  # parts of a Run in a checkpoint
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", None))  # Windows may lack quotas
+# What helps by hand, and in a job, whose file passes --resume, and --output-dir from OUTPUT=.
+AGAIN = "the same command with --resume", "the job, started again,"
+AFRESH = "--overwrite", "another OUTPUT="
+ELSEWHERE = "name another --output-dir", "set another OUTPUT="
 RUN_FILES = ("config.json", "metrics.csv", *CHECKPOINTS, "model.pt")
 # Flags of other people's scripts, and what serves here.
 NO_WORKERS = "not needed, for the data are on the device"
 NO_MODEL = "the script makes its model in one place (README.md, 'Change it')"
-ELSEWHERE = {
+FOREIGN = {
     "--workers": NO_WORKERS, "--num-workers": NO_WORKERS, "-j": NO_WORKERS, "--arch": NO_MODEL,
     "--model": NO_MODEL, "--wd": "here --weight-decay", "--amp": "here --precision",
     "--test-only": "here --eval-only", "--evaluate": "here --eval-only"}
@@ -94,9 +99,11 @@ class Parser(argparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments:")[2]
         for flag in re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", unknown):
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
-            hint = ELSEWHERE.get(flag.replace("_", "-").rstrip("0123456789"))
+            hint = FOREIGN.get(flag.replace("_", "-").rstrip("0123456789"))
             if hint or near:
                 message += f"; {flag}: {hint or f'do you mean {near[0]}?'}"
+        if "--overwrite" in message:
+            message += utils.wording("", f"; a job has --resume: {ELSEWHERE[1]} for a new run")
         raise UserError(f"{message} (--help lists the flags)")
 
     def add_recipe(self, flag: str, **keywords: object) -> None:
@@ -161,8 +168,9 @@ def check_output_dir(args: argparse.Namespace) -> None:
     lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
     if held and (lost or not (args.resume or args.overwrite)):
         goes_on = "goes on if there is a checkpoint.pt" if lost else "goes on with it"
-        raise UserError(f"{path}: already holds a run ({', '.join(held)}); --overwrite replaces "
-                        f"it, --resume {goes_on}, --output-dir names another place")
+        ways = utils.wording(f"--overwrite replaces it, --resume {goes_on}, --output-dir names "
+                             "another place", f"without a checkpoint: {ELSEWHERE[1]}")
+        raise UserError(f"{path}: already holds a run ({', '.join(held)}); {ways}")
 
 
 @dataclasses.dataclass
@@ -224,7 +232,7 @@ class Checkpoints:
             utils.save_tensors(self.newest, state, self.previous)
         except OSError as error:
             both = self.newest.exists() and self.previous.exists()
-            if not both or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not both or error.errno not in DISK_FULL:
                 raise
             self.previous.unlink()  # there is room for two
             utils.save_tensors(self.newest, state, self.previous)
@@ -249,7 +257,7 @@ class Checkpoints:
                 os.replace(path, self.newest)
             return path, state
         if damaged:
-            raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
+            raise UserError(f"{'; '.join(damaged)}; {utils.wording(*AFRESH)} starts again")
         return None
 
 
@@ -285,7 +293,7 @@ class Run:
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.clock.catch_signals()
         with utils.guard(f"{self.output_dir}: cannot be written", OSError,
-                         "; name another place with --output-dir, or make room"):
+                         f"; {utils.wording(*ELSEWHERE)}, or make room"):
             state = None if self.runtime.rank else self._open()
         state = self.runtime.broadcast(state)
         if self.runtime.rank and state:
@@ -316,12 +324,12 @@ class Run:
         try:
             script, before, now = state["script"], state["settings"], self.config["settings"]
             if script != self.config["script"]:
-                raise UserError(f"{path}: written by {script}.py; name another --output-dir")
+                raise UserError(f"{path}: written by {script}.py; {utils.wording(*ELSEWHERE)}")
             changed = [f"--{name.replace('_', '-')} {now[name]} (was {before.get(name)})"
                        for name in self.args.recipe if now[name] != before.get(name)]
             if changed:
                 raise UserError(f"{path}: cannot go on with other settings: {', '.join(changed)}; "
-                                "use the old ones, or --overwrite, or another --output-dir")
+                                f"use the old ones, or {utils.wording(*ELSEWHERE)}")
             if state["data"] != self.checksum:
                 raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
             self._set_state(state)
@@ -410,7 +418,7 @@ class Run:
 
     def _stop(self, reason: str) -> NoReturn:
         where = f"{reason}: stopped in epoch {self.epoch + 1} after {self.step} steps"
-        newest, again = self.checkpoints.newest, "the same command with --resume goes on"
+        newest, again = self.checkpoints.newest, f"{utils.wording(*AGAIN)} goes on"
         with utils.guard(f"{where}, but not saved", OSError, f"; make room, and {again} from what "
                          f"{newest} holds, if it is there", utils.FAILED):
             self.save()
@@ -424,7 +432,8 @@ class Run:
         if not math.isfinite(loss):
             step = self.epoch * self.steps_per_epoch + self.step
             raise UserError(f"the loss was not finite by step {step}; start again with "
-                            "--overwrite and a lower --lr, or --precision fp32", utils.FAILED)
+                            f"{utils.wording(*AFRESH)} and a lower --lr, or --precision fp32",
+                            utils.FAILED)
 
     def end_training(self) -> None:
         """Check the loss, note the time, average the ranks' statistics; all ranks must call it."""
@@ -496,8 +505,8 @@ class Run:
 
     def finish(self) -> None:
         """Write model.pt and the report, and print the last lines."""
-        with utils.guard(f"{self.output_dir}: not all is written", OSError, "; make room, and the "
-                         "same command with --resume does what is left", utils.FAILED):
+        with utils.guard(f"{self.output_dir}: not all is written", OSError, "; make room, and "
+                         f"{utils.wording(*AGAIN)} does what is left", utils.FAILED):
             if self.runtime.broadcast(self.unsaved):
                 self.save()
             if self.runtime.rank == 0:

@@ -1,8 +1,10 @@
 """Both scripts as a user runs them: what they print, write and refuse; and Muon, of part 1."""
 
 import csv
+import functools
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -162,6 +164,27 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert contents(output_dir) == before
     final = [line for line in process.stdout.splitlines() if line.startswith("final")]
     assert final and final[0] in again.stdout
+
+
+def enter_job(variable: str) -> None:
+    """Have this process be of a job."""
+    os.environ[variable] = "7"
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "PBS_JOBID"])
+def test_in_a_job_messages_name_what_helps_there(small, tmp_path, variable):
+    """Its file passes --resume and --output-dir, the latter from OUTPUT=."""
+    start = functools.partial(
+        script, "train_resnet", *small["train_resnet"], "--output-dir", tmp_path / "run",
+        "--resume", before=functools.partial(enter_job, variable))
+    stopped = start("--max-minutes", 0.001)
+    assert stopped.stderr.endswith("checkpoint.pt; the job, started again, goes on\n")
+    assert stopped.returncode == 75
+    both_flags, other_lr = start("--overwrite"), start("--lr", 0.2)
+    (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "run" / "model.pt")
+    for refused in (both_flags, other_lr, start()):
+        assert refused.returncode == 2 and "set another OUTPUT=" in refused.stderr
+        assert not re.search(r"--overwrite (replaces|starts)|--output-dir", refused.stderr)
 
 
 @one_at_first
