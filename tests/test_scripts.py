@@ -1,13 +1,16 @@
 """Both scripts as a user runs them: what they print, write and refuse; and Muon, of part 1."""
 
 import csv
+import ctypes
 import functools
 import importlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -185,6 +188,48 @@ def test_in_a_job_messages_name_what_helps_there(small, tmp_path, variable):
     for refused in (both_flags, other_lr, start()):
         assert refused.returncode == 2 and "set another OUTPUT=" in refused.stderr
         assert not re.search(r"--overwrite (replaces|starts)|--output-dir", refused.stderr)
+
+
+POSIX = {"os": r"fork|getp?g.*|get[er]*uid|killpg|nice|O_(DIRECTORY|NOFOLLOW|SYNC)|p(read|write).*|"
+               r"posix_.*|sched_.*|setsid|sync|uname|wait[34]",
+         "signal": r"SIG(?!ABRT|FPE|ILL|INT|SEGV|TERM|_DFL|_IGN|nals)\w+|alarm|pause|setitimer",
+         "errno": "EDQUOT"}
+
+
+def enter_windows() -> None:
+    """Let the project's modules see no name that is POSIX's alone, when imported or later."""
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    importlib.import_module("engine")  # and all that it needs, which knows Windows itself
+    for name in ours & set(sys.modules):
+        del sys.modules[name]
+    seen = {name: {key: value for key, value in vars(sys.modules[name]).items()
+                   if not re.fullmatch(posix, key)} for name, posix in POSIX.items()}
+
+    def open_file(path, *arguments):
+        if os.path.isdir(path):
+            raise PermissionError(f"a directory: {path}")
+        return os.open(path, *arguments)
+
+    seen["os"] |= {"name": "nt", "open": open_file}
+    platform.libc_ver = lambda: ("", "")
+    ctypes.CDLL = None
+    sys.modules |= dict.fromkeys(("fcntl", "resource", "termios", "pwd"))
+    true = {name: sys.modules[name] for name in seen}
+    sys.modules |= {name: types.SimpleNamespace(**names) for name, names in seen.items()}
+    for name in sorted(ours):
+        importlib.import_module(name)
+    sys.modules |= true
+
+
+@both
+def test_a_run_needs_nothing_that_only_posix_has(small, name, tmp_path):
+    """On Windows and macOS; it is stopped and goes on."""
+    flags = [*small[name], "--max-steps", 2, "--output-dir", tmp_path]
+    stopped = script(name, *flags, "--max-minutes", 0.001, before=enter_windows)
+    assert (stopped.returncode, stopped.stderr.count("\n")) == (75, 1), stopped.stderr
+    resumed = script(name, *flags, "--resume", before=enter_windows)
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert "1 steps (" in resumed.stdout and "final test accuracy" in resumed.stdout
 
 
 @one_at_first
