@@ -84,6 +84,8 @@ class Parser(argparse.ArgumentParser):
             help="only classify pictures, or folders of them, with the model.pt in --output-dir")
         add("--compare", nargs="+", type=Path, metavar="RUN",
             help="only compare these output directories: write comparison.md and comparison.png")
+        output.add_argument("--tensorboard", action="store_true",
+            help="write the numbers of metrics.csv into DIR/tensorboard as well (TensorBoard)")
         output.add_argument("--debug", action="store_true", help="show the traceback of an error")
         add = self.add_argument_group("machine and job").add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -277,6 +279,10 @@ class Run:
         self.clock = Clock(args.checkpoint_minutes, args.max_minutes)
         self.checkpoints = Checkpoints(args.output_dir)
         self.unsaved = False  # the last save failed
+        self.writer = None  # to TensorBoard's file
+        if args.tensorboard:
+            with utils.guard("--tensorboard needs pip install 'tensorboard>=2.17'", Exception):
+                from torch.utils import tensorboard  # noqa: F401
 
     # How many epochs are finished, and how many steps of the current one.
     epoch = property(lambda run: run.position.epoch)
@@ -298,6 +304,7 @@ class Run:
         state = self.runtime.broadcast(state)
         if self.runtime.rank and state:
             self._set_state(state)
+        self._write_for_tensorboard()
         self.clock.lap()
         self.clock.saved = time.monotonic()
 
@@ -464,6 +471,23 @@ class Run:
         if self.epoch == self.epochs or self.runtime.broadcast(is_due):
             self._save_or_warn()
         log.info(report.epoch_line(row))
+        self._write_for_tensorboard()
+
+    def _write_for_tensorboard(self) -> None:
+        """Add the last epoch; to a new file all, for by purge_step it replaces what others hold."""
+        if not self.args.tensorboard or self.runtime.rank:
+            return
+        try:
+            rows = self.position.history[-1:] if self.writer else self.position.history
+            self.writer = self.writer or torch.utils.tensorboard.SummaryWriter(
+                self.output_dir / "tensorboard", purge_step=0)
+            for row in rows:
+                for name in row.keys() - {"dataset", "epoch", "epochs"}:
+                    self.writer.add_scalar(name, row[name], row["epoch"])
+            self.writer.flush()
+        except Exception as error:  # no curve is worth a run
+            self.writer = None
+            log.info(f"warning    not written for TensorBoard ({error}); training goes on")
 
     def _pace(self, images: int) -> tuple[float, float]:
         """Return this epoch's training images/s, and the seconds that the epochs to come take."""

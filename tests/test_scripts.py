@@ -318,7 +318,8 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
     free = set(vars(args)) - {"recipe"} - set(args.recipe)
     assert free - {"weights"} == {
         "data_dir", "data_url", "no_download", "output_dir", "resume", "overwrite", "eval_only",
-        "predict", "compare", "debug", "device", "compile", "checkpoint_minutes", "max_minutes"}
+        "predict", "compare", "tensorboard", "debug", "device", "compile", "checkpoint_minutes",
+        "max_minutes"}
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])
