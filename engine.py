@@ -281,7 +281,7 @@ class Run:
         self.unsaved = False  # the last save failed
         self.writer = None  # to TensorBoard's file
         if args.tensorboard:
-            with utils.guard("--tensorboard needs pip install 'tensorboard>=2.17'", Exception):
+            with utils.guard("--tensorboard needs pip install 'tensorboard>=2.17.1'", Exception):
                 from torch.utils import tensorboard  # noqa: F401
 
     # How many epochs are finished, and how many steps of the current one.

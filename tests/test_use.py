@@ -354,5 +354,5 @@ def test_without_its_package_tensorboard_is_one_line_before_training(tmp_path):
     process = script("train_resnet", *SHORT, "--output-dir", tmp_path / "run", "--tensorboard",
                      before=hide_tensorboard)
     assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
-    assert "--tensorboard needs pip install 'tensorboard>=2.17'" in process.stderr
+    assert "--tensorboard needs pip install 'tensorboard>=2.17.1'" in process.stderr
     assert not (tmp_path / "run").exists()
