@@ -169,9 +169,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
     # A finished run whose checkpoint is gone cannot be resumed, and is not replaced unasked.
     lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
     if held and (lost or not (args.resume or args.overwrite)):
-        goes_on = "goes on if there is a checkpoint.pt" if lost else "goes on with it"
-        ways = utils.wording(f"--overwrite replaces it, --resume {goes_on}, --output-dir names "
-                             "another place", f"without a checkpoint: {ELSEWHERE[1]}")
+        ways = utils.wording("--overwrite replaces it, --resume goes on from its checkpoint.pt, "
+                             "--output-dir names another place", f"no checkpoint: {ELSEWHERE[1]}")
         raise UserError(f"{path}: already holds a run ({', '.join(held)}); {ways}")
 
 
