@@ -5,12 +5,14 @@ A `Run` has a `Position`, `Checkpoints`, and a `Clock`, which decides when to sa
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import json
 import logging
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -45,6 +47,18 @@ ORIGIN = ("script", "settings", "torch", "runtime", "data", "network", "code")
 TRAINED = ("model", "optimizer", "scheduler", "scaler")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", None))  # Windows may lack quotas
+# What helps by hand, and in a job, whose file passes --resume, and --output-dir from OUTPUT=.
+AGAIN = "the same command with --resume", "the job, started again,"
+AFRESH = "--overwrite", "another OUTPUT="
+ELSEWHERE = "name another --output-dir", "set another OUTPUT="
+# Flags of other people's scripts, and what serves here.
+NO_WORKERS = "not needed, for the data are on the device"
+NO_MODEL = "the script makes its model in one place (README.md, 'Change it')"
+FOREIGN = {
+    "--workers": NO_WORKERS, "--num-workers": NO_WORKERS, "-j": NO_WORKERS, "--arch": NO_MODEL,
+    "--model": NO_MODEL, "--wd": "here --weight-decay", "--amp": "here --precision",
+    "--test-only": "here --eval-only", "--evaluate": "here --eval-only"}
 
 # Of images (B, 3, H, W), labels, and a generator on their device; labels may become soft, (B, C).
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -80,6 +94,8 @@ class Parser(argparse.ArgumentParser):
             help="only classify pictures, or folders of them, with the model.pt in --output-dir")
         add("--compare", nargs="+", type=Path, metavar="RUN",
             help="only compare these output directories: write comparison.md and comparison.png")
+        output.add_argument("--tensorboard", action="store_true",
+            help="write the numbers of metrics.csv into DIR/tensorboard as well (TensorBoard)")
         output.add_argument("--debug", action="store_true", help="show the traceback of an error")
         add = self.add_argument_group("machine and job").add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -91,7 +107,15 @@ class Parser(argparse.ArgumentParser):
             help="save and stop with exit status 75 before M minutes are over (batch jobs)")
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError, for one line, instead of printing the usage and exiting."""
+        """Raise UserError, for one line with hints, instead of printing the usage and exiting."""
+        unknown = message.partition("unrecognized arguments:")[2]
+        for flag in re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", unknown):
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
+            hint = FOREIGN.get(flag.replace("_", "-").rstrip("0123456789"))
+            if hint or near:
+                message += f"; {flag}: {hint or f'do you mean {near[0]}?'}"
+        if "--overwrite" in message:
+            message += utils.wording("", f"; a job has --resume: {ELSEWHERE[1]} for a new run")
         raise UserError(f"{message} (--help lists the flags)")
 
     def add_recipe(self, flag: str, **keywords: object) -> None:
@@ -162,9 +186,9 @@ def check_output_dir(args: argparse.Namespace) -> None:
     # A finished run whose checkpoint is gone cannot be resumed, and is not replaced unasked.
     lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
     if held and (lost or not (args.resume or args.overwrite)):
-        goes_on = "goes on if there is a checkpoint.pt" if lost else "goes on with it"
-        raise UserError(f"{path}: already holds a run ({', '.join(held)}); --overwrite replaces "
-                        f"it, --resume {goes_on}, --output-dir names another place")
+        ways = utils.wording("--overwrite replaces it, --resume goes on from its checkpoint.pt, "
+                             "--output-dir names another place", f"no checkpoint: {ELSEWHERE[1]}")
+        raise UserError(f"{path}: already holds a run ({', '.join(held)}); {ways}")
 
 
 @dataclasses.dataclass
@@ -228,7 +252,7 @@ class Checkpoints:
             utils.save_tensors(self.newest, state, self.previous)
         except OSError as error:
             both = self.newest.exists() and self.previous.exists()
-            if not both or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not both or error.errno not in DISK_FULL:
                 raise
             self.previous.unlink()  # there is room for two
             utils.save_tensors(self.newest, state, self.previous)
@@ -253,7 +277,7 @@ class Checkpoints:
                 os.replace(path, self.newest)
             return path, state
         if damaged:
-            raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
+            raise UserError(f"{'; '.join(damaged)}; {utils.wording(*AFRESH)} starts again")
         return None
 
 
@@ -273,6 +297,10 @@ class Run:
         self.checkpoints = Checkpoints(args.output_dir)
         self.unsaved = False  # the last save failed
         self.has_told = False  # how much time is left
+        self.writer = None  # to TensorBoard's file
+        if args.tensorboard:
+            with utils.guard("--tensorboard needs pip install 'tensorboard>=2.17.1'", Exception):
+                from torch.utils import tensorboard  # noqa: F401
 
     @property
     def epoch(self) -> int:
@@ -299,13 +327,14 @@ class Run:
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.clock.catch_signals()
         with utils.guard(f"{self.output_dir}: cannot be written", OSError,
-                         "; name another place with --output-dir, or make room"):
+                         f"; {utils.wording(*ELSEWHERE)}, or make room"):
             state = None if self.runtime.rank else self._open()
         state = self.runtime.broadcast(state)
         if self.runtime.rank and state:
             self._set_state(state)
         if self.runtime.compile:
             log.info("compile    begins with the first step, and again for images of another size")
+        self._write_for_tensorboard()
         self.clock.lap()
         self.clock.saved = time.monotonic()
 
@@ -357,21 +386,22 @@ class Run:
         try:
             script, before, now = state["script"], state["settings"], self.config["settings"]
             if script != self.config["script"]:
-                raise UserError(f"{path}: written by {script}.py; name another --output-dir")
+                raise UserError(f"{path}: written by {script}.py; {utils.wording(*ELSEWHERE)}")
             changed = [f"--{name.replace('_', '-')} {now[name]} (was {before.get(name)})"
                        for name in self.args.recipe if now[name] != before.get(name)]
             if changed:
                 raise UserError(f"{path}: cannot go on with other settings: {', '.join(changed)}; "
-                                "use the old ones, or --overwrite, or another --output-dir")
+                                f"use the old ones, or {utils.wording(*ELSEWHERE)}")
             if state["data"] != self.config["data"]:
                 raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
             if difference := models.difference(state["model"], self.model):
-                raise UserError(f"{path}: of another network: {difference}")
+                raise UserError(f"{path}: of another network: {difference}; "
+                                f"{utils.wording(*ELSEWHERE)}")
             sizes, saved = ([len(group["params"]) for group in optimizer["param_groups"]]
                             for optimizer in (self.optimizer.state_dict(), state["optimizer"]))
             if sizes != saved:
-                raise UserError(f"{path}: of another optimizer: its groups hold {saved} weights, "
-                                f"now {sizes}")
+                raise UserError(f"{path}: of another optimizer, with groups of {saved} weights, "
+                                f"not {sizes}; {utils.wording(*ELSEWHERE)}")
             self._set_state(state)
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -484,7 +514,7 @@ class Run:
 
     def _stop(self, reason: str) -> NoReturn:
         where = f"{reason}: stopped in epoch {self.epoch + 1} after {self.step} steps"
-        newest, again = self.checkpoints.newest, "the same command with --resume goes on"
+        newest, again = self.checkpoints.newest, f"{utils.wording(*AGAIN)} goes on"
         with utils.guard(f"{where}, but not saved", OSError, f"; make room, and {again} from what "
                          f"{newest} holds, if it is there", utils.FAILED):
             self.save()
@@ -510,7 +540,8 @@ class Run:
         if not math.isfinite(loss):
             step = self.epoch * self.steps_per_epoch + self.step
             raise UserError(f"the loss was not finite by step {step}; start again with "
-                            "--overwrite and a lower --lr, or --precision fp32", utils.FAILED)
+                            f"{utils.wording(*AFRESH)} and a lower --lr, or --precision fp32",
+                            utils.FAILED)
 
     def end_training(self) -> None:
         """Check the loss, note the time, average the ranks' statistics; all ranks must call it."""
@@ -543,6 +574,23 @@ class Run:
             self._save_or_warn()
         log.info(line)
         self.position.unprinted = ""
+        self._write_for_tensorboard()
+
+    def _write_for_tensorboard(self) -> None:
+        """Add the last epoch; to a new file all, for by purge_step it replaces what others hold."""
+        if not self.args.tensorboard or self.runtime.rank:
+            return
+        try:
+            rows = self.position.history[-1:] if self.writer else self.position.history
+            self.writer = self.writer or torch.utils.tensorboard.SummaryWriter(
+                self.output_dir / "tensorboard", purge_step=0)
+            for row in rows:
+                for name in row.keys() - {"dataset", "epoch", "epochs"}:
+                    self.writer.add_scalar(name, row[name], row["epoch"])
+            self.writer.flush()
+        except Exception as error:  # no curve is worth a run
+            self.writer = None
+            log.info(f"warning    not written for TensorBoard ({error}); training goes on")
 
     def _pace(self, images: int) -> tuple[float, float]:
         """Return this epoch's training images/s, and the seconds that the epochs to come take."""
@@ -589,8 +637,8 @@ class Run:
 
     def finish(self) -> None:
         """Write model.pt and the report, and print the last lines."""
-        with utils.guard(f"{self.output_dir}: not all is written", OSError, "; make room, and the "
-                         "same command with --resume does what is left", utils.FAILED):
+        with utils.guard(f"{self.output_dir}: not all is written", OSError, "; make room, and "
+                         f"{utils.wording(*AGAIN)} does what is left", utils.FAILED):
             if self.runtime.broadcast(self.unsaved):
                 self.save()
             if self.runtime.rank == 0:

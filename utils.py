@@ -76,6 +76,12 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def wording(by_hand: str, in_job: str) -> str:
+    """Return what helps here; a job's file always passes --resume, a user of its node may not."""
+    is_job = "--resume" in sys.argv and {"SLURM_JOB_ID", "PBS_JOBID"} & set(os.environ)
+    return in_job if is_job else by_hand
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`, then exit: with status 0, or with one line on stderr and the error's status."""
     # File names can hold characters that stdout cannot show; stdout may be closed, or not a file.

@@ -1,11 +1,16 @@
 """Both scripts as a user runs them: what they print, write and refuse; and Muon, of part 1."""
 
 import csv
+import ctypes
+import functools
 import importlib
 import json
+import os
+import platform
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -170,6 +175,69 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert final and final[0] in again.stdout
 
 
+def enter_job(variable: str) -> None:
+    """Have this process be of a job."""
+    os.environ[variable] = "7"
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "PBS_JOBID"])
+def test_in_a_job_messages_name_what_helps_there(small, tmp_path, variable):
+    """Its file passes --resume and --output-dir, the latter from OUTPUT=."""
+    start = functools.partial(
+        script, "train_resnet", *small["train_resnet"], "--output-dir", tmp_path / "run",
+        "--resume", before=functools.partial(enter_job, variable))
+    stopped = start("--max-minutes", 0.001)
+    assert stopped.stderr.endswith("checkpoint.pt; the job, started again, goes on\n")
+    assert stopped.returncode == 75
+    both_flags, other_lr = start("--overwrite"), start("--lr", 0.2)
+    (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "run" / "model.pt")
+    for refused in (both_flags, other_lr, start()):
+        assert refused.returncode == 2 and "set another OUTPUT=" in refused.stderr
+        assert not re.search(r"--overwrite (replaces|starts)|--output-dir", refused.stderr)
+
+
+POSIX = {"os": r"fork|getp?g.*|get[er]*uid|killpg|nice|O_(DIRECTORY|NOFOLLOW|SYNC)|p(read|write).*|"
+               r"posix_.*|sched_.*|setsid|sync|uname|wait[34]",
+         "signal": r"SIG(?!ABRT|FPE|ILL|INT|SEGV|TERM|_DFL|_IGN|nals)\w+|alarm|pause|setitimer",
+         "errno": "EDQUOT"}
+
+
+def enter_windows() -> None:
+    """Let the project's modules see no name that is POSIX's alone, when imported or later."""
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    importlib.import_module("engine")  # and all that it needs, which knows Windows itself
+    for name in ours & set(sys.modules):
+        del sys.modules[name]
+    seen = {name: {key: value for key, value in vars(sys.modules[name]).items()
+                   if not re.fullmatch(posix, key)} for name, posix in POSIX.items()}
+
+    def open_file(path, *arguments):
+        if os.path.isdir(path):
+            raise PermissionError(f"a directory: {path}")
+        return os.open(path, *arguments)
+
+    seen["os"] |= {"name": "nt", "open": open_file}
+    platform.libc_ver = lambda: ("", "")
+    ctypes.CDLL = None
+    sys.modules |= dict.fromkeys(("fcntl", "resource", "termios", "pwd"))
+    true = {name: sys.modules[name] for name in seen}
+    sys.modules |= {name: types.SimpleNamespace(**names) for name, names in seen.items()}
+    for name in sorted(ours):
+        importlib.import_module(name)
+    sys.modules |= true
+
+
+@both
+def test_a_run_needs_nothing_that_only_posix_has(small, name, tmp_path):
+    """On Windows and macOS; it is stopped and goes on."""
+    flags = [*small[name], "--max-steps", 2, "--output-dir", tmp_path]
+    stopped = script(name, *flags, "--max-minutes", 0.001, before=enter_windows)
+    assert (stopped.returncode, stopped.stderr.count("\n")) == (75, 1), stopped.stderr
+    resumed = script(name, *flags, "--resume", before=enter_windows)
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert "1 steps (" in resumed.stdout and "final test accuracy" in resumed.stdout
+
+
 @one_at_first
 def test_a_diverging_run_stops_and_names_the_step(small, name, tmp_path):
     flags = [*small[name], "--max-steps", 4, "--lr", "1e30", "--output-dir", tmp_path / "run"]
@@ -192,7 +260,13 @@ def test_a_run_whose_last_step_diverges_is_not_saved(small, tmp_path):
     (["--epochs", "many"], "--epochs: invalid whole number value: 'many'"),
     (["--lr", "nan"], "--lr: nan is not within"),
     (["--label-smoothing", "1.1"], "--label-smoothing: 1.1 is not within 0 and 1"),
-    (["--batchsize", "3"], "--batchsize"),
+    (["--batchsize", "3"], "--batchsize 3; --batchsize: do you mean --batch-size? (--help"),
+    (["--epoch=3"], "--epoch=3; --epoch: do you mean --epochs? (--help"),
+    (["--wd", "0.1", "-j8"], "--wd: here --weight-decay; -j8: not needed, for the data are on the"),
+    (["--num_workers=2"], "--num_workers: not needed"), (["--workers", "2"], "--workers: not need"),
+    (["--amp"], "--amp: here --precision"), (["--arch", "resnet50"], "(README.md, 'Change it')"),
+    (["--test-only"], "here --eval-only"), (["--evaluate"], "here --eval-only"),
+    (["--zzz"], "unrecognized arguments: --zzz (--help"),
     (["--precision", "fp8"], "--precision"),
     (["--device", "abacus"], "--device abacus"),
     (["--val-size", "150"], "--val-size 150"),
@@ -250,7 +324,8 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
     free = set(vars(args)) - {"recipe"} - set(args.recipe)
     assert free - {"weights"} == {
         "data_dir", "data_url", "no_download", "output_dir", "resume", "overwrite", "eval_only",
-        "predict", "compare", "debug", "device", "compile", "checkpoint_minutes", "max_minutes"}
+        "predict", "compare", "tensorboard", "debug", "device", "compile", "checkpoint_minutes",
+        "max_minutes"}
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])

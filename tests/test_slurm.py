@@ -73,6 +73,69 @@ def test_an_array_trains_a_seed_in_each_job(checkout):
     assert (checkout / "output" / "comparison.png").exists()
 
 
+@pytest.mark.parametrize("sweep, number, output, flags", [
+    ("--lr 0.05;--lr 0.1 --low-res 0", "0", "-lr-0.05-seed0", "--lr 0.05"),
+    ("--lr 0.05;--lr 0.1 --low-res 0", "1", "-lr-0.1-low-res-0-seed0", "--lr 0.1 --low-res 0"),
+    ("--lr 0.05;--lr 0.1 --low-res 0", "4", "-lr-0.05-seed2", "--lr 0.05"),
+    ("--lr=1e-3 ;\n --weights a/*", "1", "-weights-a---seed0", "--weights a/*"),
+    ("", "3", "-seed3", ""), ("", "", "-seed0", ""),
+])
+def test_each_number_of_an_array_has_its_flags_seed_and_directory(
+        tmp_path, sweep, number, output, flags):
+    process = without_slurm(tmp_path, "one_gpu", SWEEP=sweep, SLURM_ARRAY_TASK_ID=number)
+    seed = output.rpartition("seed")[2]
+    assert process.stdout.splitlines()[-1].split() == [
+        "python", "train_resnet.py", "--device", "cuda", "--data-dir", "data", "--output-dir",
+        f"output/train_resnet{output}", "--seed", seed, "--resume", "--epochs", "9", *flags.split()]
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("file, says", [("one_gpu", "--array=0-1"), ("ddp", "one_gpu.sbatch")])
+def test_a_sweep_that_would_not_be_one_is_refused(tmp_path, file, says):
+    process = without_slurm(tmp_path, file, SWEEP="--lr 0.05;--lr 0.1")
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
+    assert says in process.stderr
+
+
+def without_slurm(directory: Path, file: str, **variables) -> subprocess.CompletedProcess:
+    """Run a job file with a stand-in for srun, which prints what it should start."""
+    for path, text in ((".venv/bin/activate", ""), ("bin/srun", "#!/bin/sh\necho $*\n")):
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).write_text(text)
+    (directory / "bin" / "srun").chmod(0o755)
+    variables |= {"PATH": f"{directory}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    command = ["bash", ROOT / "slurm" / f"{file}.sbatch", "train_resnet", "--epochs", "9"]
+    return subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True)
+
+
+@slow
+def test_a_sweep_trains_a_value_in_each_job_through_requeues(checkout, monkeypatch):
+    """Each start does a step of two, so each job requeues itself."""
+    monkeypatch.setenv("SWEEP", "--lr 0.05;--lr 0.2")
+    flags = [*SMALL, "--max-steps", 2]
+    number = submit("--array=0-1", "slurm/one_gpu.sbatch", "train_resnet", *flags,
+                    "--max-minutes", 0.001)
+    for task, lr in enumerate(("0.05", "0.2")):
+        known = wait_for(f"{number}_{task}", ended)
+        assert known["JobState"] == "COMPLETED" and int(known["Restarts"]) >= 1
+        plain = checkout / f"plain-{lr}"
+        script("train_resnet", *flags, "--lr", lr, "--data-dir", checkout / "data",
+               "--output-dir", plain)
+        assert result(checkout / f"output/train_resnet-lr-{lr}-seed0") == result(plain)
+
+
+@slow
+def test_a_sweep_without_an_array_or_of_no_flags_does_not_requeue(checkout, monkeypatch):
+    monkeypatch.setenv("SWEEP", "lr=0.05;lr=0.2")
+    for array in ([], ["--array=0-0"]):
+        number = submit(*array, "slurm/one_gpu.sbatch", "train_resnet", *SMALL)
+        known = wait_for(number, ended)
+        assert (known["JobState"], known["ExitCode"]) == ("FAILED", "2:0"), log_of(known["JobId"])
+        assert known["Restarts"] == "0"
+    assert "unrecognized arguments: lr=0.05" in log_of(known["JobId"])
+    assert not (checkout / "output").exists()
+
+
 @slow
 def test_a_job_whose_time_is_too_short_requeues_itself_and_ends_the_same(checkout, monkeypatch):
     """Slurm gives its signal up to 30 s early, so here 15 to 45 s after the start."""

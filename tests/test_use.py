@@ -1,4 +1,7 @@
-"""A finished run, used by the command line: its report, evaluation, predictions, comparison."""
+"""A finished run, used by the command line: its report, evaluation, predictions, comparison.
+
+And its numbers in TensorBoard.
+"""
 
 import csv
 import functools
@@ -18,6 +21,7 @@ from fcntl import ioctl
 
 import pytest
 import torch
+from faults import at_batch, kill
 from helpers import script, shows_something, tables
 from PIL import Image
 
@@ -296,3 +300,73 @@ def test_a_comparison_that_cannot_be_written_is_one_line(run_dir, tmp_path):
     process = script("train_resnet", "--compare", run_dir, "--output-dir", tmp_path / "file")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert f"--output-dir {tmp_path / 'file'}: cannot be written" in process.stderr
+
+
+@pytest.fixture
+def told(data_dir, tmp_path):
+    """A function that starts a run of three epochs, of two steps each, and asks how it is shown.
+
+    It returns the process, what TensorBoard reads and what metrics.csv holds, if it is there: both
+    as {name: [(epoch, number)]}.
+    """
+    pytest.importorskip("tensorboard")
+    reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+
+    def start(before=None, *flags):
+        process = script("train_resnet", "--data-dir", data_dir, *CPU, "--batch-size", 16,
+                         "--epochs", 3, "--output-dir", tmp_path, "--tensorboard", "--resume",
+                         *flags, before=before)
+        events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        shown = {name: [(event.step, event.value) for event in events.Scalars(name)]
+                 for name in events.Tags()["scalars"]}
+        if not (tmp_path / "model.pt").exists():
+            return process, shown, None
+        rows = list(csv.DictReader(io.StringIO((tmp_path / "metrics.csv").read_text())))
+        return process, shown, {
+            name: [(int(row["epoch"]), pytest.approx(float(row[name]), rel=1e-5)) for row in rows]
+            for name in rows[0].keys() - {"dataset", "epoch", "epochs"}}
+
+    return start
+
+
+def test_tensorboard_shows_the_numbers_of_metrics_csv_once(told):
+    """Also after two kills, of which the first lost two epochs."""
+    kill_in_epoch_3 = functools.partial(at_batch, 8, kill)
+    for flags in ([], ["--checkpoint-minutes", 0]):
+        process, shown, _ = told(kill_in_epoch_3, *flags)
+        assert process.returncode == -9 and [epoch for epoch, _ in shown["test_acc"]] == [1, 2]
+    process, shown, written = told()
+    assert "resume     after 2 epochs" in process.stdout and "epoch  2/3" not in process.stdout
+    assert process.returncode == 0 and shown == written and len(shown["lr"]) == 3
+
+
+def fill_disk_for_tensorboard() -> None:
+    """Have the disk be full for one write of the second epoch."""
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+    append, calls = LocalFileSystem.append, iter(range(1000))
+
+    def append_or_fail(*arguments):
+        if next(calls) == 15:
+            raise OSError(28, "No space left on device")
+        append(*arguments)
+
+    LocalFileSystem.append = append_or_fail
+
+
+def test_a_full_disk_under_tensorboard_costs_a_line(told):
+    process, shown, written = told(fill_disk_for_tensorboard)
+    assert process.returncode == 0 and shown == written
+    assert process.stdout.count("warning    not written for TensorBoard ([Errno 28] ") == 1
+
+
+def hide_tensorboard() -> None:
+    """Have no package of this name."""
+    sys.modules["tensorboard"] = None
+
+
+def test_without_its_package_tensorboard_is_one_line_before_training(tmp_path):
+    process = script("train_resnet", *SHORT, "--output-dir", tmp_path / "run", "--tensorboard",
+                     before=hide_tensorboard)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    assert "--tensorboard needs pip install 'tensorboard>=2.17.1'" in process.stderr
+    assert not (tmp_path / "run").exists()
