@@ -36,6 +36,7 @@ needs_data = pytest.mark.skipif(
 needs_weights = pytest.mark.skipif(
     not (SHARED / "weights").is_dir(), reason="the ImageNet weights are not in ../shared"
 )
+IS_TORCH_2_10 = torch.__version__.startswith("2.10.")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 _CONTEXT = multiprocessing.get_context("forkserver")

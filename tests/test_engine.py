@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import equal, needs_cuda
+from helpers import IS_TORCH_2_10, equal, needs_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -167,6 +167,7 @@ def count_casts() -> int:
     return casts.count
 
 
+@pytest.mark.skipif(IS_TORCH_2_10, reason="torch 2.10 has other operations on the meta device")
 def test_a_step_of_part_1_launches_few_kernels(make_run, monkeypatch):
     """Less than half of the 766 of before in all, Muon at most 100."""
     casts = count_casts()
