@@ -466,10 +466,7 @@ class Run:
                 # Before the batch is drawn: if it is random, it is the same after a resume.
                 self._stop_or_save()
                 began = time.monotonic()
-                batch = next(drawn, None)
-                if batch is None:
-                    raise UserError(f"no {name} batch {total}: an augmentation must yield them all")
-                yield batch
+                yield next(drawn)
                 ended = time.monotonic()
                 self.clock.step_seconds = max(self.clock.step_seconds, ended - began)
                 if name == "train":
@@ -687,10 +684,12 @@ def recipe_in_words(run: Run) -> dict[str, str]:
     for size in dict.fromkeys(run.sizes):
         first, count = run.sizes.index(size) + 1, run.sizes.count(size)
         sizes.append(f"{size}px from epoch {first} to {first + count - 1}")
-    augmentation = ["crop", "flip", *([run.augmentation.__name__] if run.augmentation else [])]
+    changes = ["crop", "flip"]
+    if run.augmentation:
+        changes.append(getattr(run.augmentation, "__name__", "AUGMENT"))
     return {"optimizer": f"{type(run.optimizer).__name__}: {'; '.join(groups)}",
             "steps": f"{run.total_steps:,}, {run.steps_per_epoch:,} an epoch",
-            "images": f"{', '.join(sizes)}; random {', '.join(augmentation)}",
+            "images": f"{', '.join(sizes)}; random {', '.join(changes)}",
             "output": str(run.output_dir)}
 
 
