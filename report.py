@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import SUPERCLASS_OF, Dataset, Split
+from data import SUPERCLASS_OF, Dataset
 from utils import Runtime, UserError, guard, one_line, process_rank, write_atomically
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ TIMES = ("images_per_second", "seconds", "eta_seconds")  # columns that differ b
 # marker more than colours, so that 30 groups look different.
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), "osD^Xv"
 DASHES = {"train": ("--", "training"), "val": (":", "validation"), "test": ("-", "test")}
-CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
 
 
 class Metrics(NamedTuple):
@@ -509,47 +508,17 @@ def _draw_mean(panel: "Axes", records: list[RunRecord], column: str, scale: floa
         panel.fill_between(x, curves.min(0), curves.max(0), color=look["color"], alpha=0.25)
 
 
-def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return int64 (C, C): how many images of class [row] were taken for class [column]."""
-    classes = logits.shape[1]
-    pairs = torch.bincount(labels * classes + predict(logits), minlength=classes**2)
-    return pairs.view(classes, classes).numpy()
-
-
-def predict(logits: Tensor) -> Tensor:
-    """Return the likeliest class of each image, int64 (N,), from logits (N, C)."""
-    # topk, not argmax, breaks ties as `score` does: logits computed in bf16 hold some.
-    return logits.topk(5).indices[:, 0]
-
-
-def calibration(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
-    """Return 15 bins by confidence, (15, 3), and the error (Guo et al. 2017, arXiv:1706.04599).
-
-    A bin is its number of images, their mean confidence, and their accuracy; NaN if it is empty.
-    """
-    confidence = logits.softmax(1).amax(1)
-    bin_of = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-    values = torch.ones_like(labels), confidence, predict(logits) == labels
-    counts, confidences, rights = (torch.bincount(bin_of, weights.double(), CALIBRATION_BINS)
-                                   for weights in values)
-    error = (rights - confidences).abs().sum() / len(labels)
-    return torch.stack([counts, confidences / counts, rights / counts], 1).numpy(), error.item()
-
-
-def surest_mistakes(logits: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
-    """Return up to 30 of (image, class that it was taken for, confidence), the surest first."""
-    confidence, taken = logits.softmax(1).amax(1), predict(logits)
-    wrong = (taken != labels).nonzero()[:, 0]
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:30]
-    return [(image, int(taken[image]), float(confidence[image])) for image in wrong.tolist()]
-
-
 def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     """Print what test logits (N, classes) are worth, and write TEST_REPORTS; raises UserError."""
     names, labels = dataset.class_names, dataset.test.labels
-    metrics, confusion = score(logits, labels), confusion_matrix(logits, labels)
+    metrics = score(logits, labels)
     log.info(f"test loss {metrics.loss:.3f} acc {metrics.accuracy:6.2%} top5 {metrics.top5:6.2%}  "
              f"({metrics.images:,} {dataset.name} images)")
+    # topk, not argmax, breaks ties as `score` does: logits computed in bf16 hold some.
+    taken, confidence = logits.topk(5).indices[:, 0], logits.softmax(1).amax(1)
+    classes = logits.shape[1]
+    pairs = torch.bincount(labels * classes + taken, minlength=classes**2)
+    confusion = pairs.view(classes, classes).numpy()  # (class, class that it was taken for)
     superclasses: dict[str, list[int]] = {}  # their labels
     for label, name in enumerate(names):
         superclasses.setdefault(SUPERCLASS_OF.get(name, "other"), []).append(label)
@@ -557,11 +526,11 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     with guard(f"{into}: the report cannot be written", OSError):
         write_text(into / "confusion.csv", csv_table(("class", *names), rows))
         text = _score_tables(metrics, confusion, dataset, superclasses)
-        text += _calibration_table(*calibration(logits, labels))
+        text += _calibration_table(confidence, taken == labels)
         text += write_picture(into / "confusion.png", "## Confusion (numbers: confusion.csv)",
                               draw_confusion, confusion, superclasses)
         text += write_picture(into / "mistakes.png", "## The surest mistakes", draw_mistakes,
-                              surest_mistakes(logits, labels), dataset.test, names)
+                              taken, confidence, dataset)
         write_text(into / "test-report.md", text)
     log.info(files_line(into, TEST_REPORTS))
 
@@ -585,16 +554,19 @@ def draw_confusion(figure: "Figure", confusion: np.ndarray,
         panel.axvline(edge, color=COLOURS[0], linewidth=0.3)
 
 
-def draw_mistakes(figure: "Figure", mistakes: list[tuple[int, int, float]], split: Split,
-                  class_names: Sequence[str]) -> None:
-    """Draw what `surest_mistakes` returns, with both names."""
+def draw_mistakes(figure: "Figure", taken: Tensor, confidence: Tensor, dataset: Dataset) -> None:
+    """Draw the 30 surest mistakes; `taken` are classes and `confidence` fractions of 1, (N,)."""
     figure.set_size_inches(12, 12)
+    images, labels = dataset.test
+    wrong = (taken != labels).nonzero()[:, 0]
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     for panel in figure.subplots(5, 6).flat:
         panel.axis("off")
-    for panel, (image, taken, confidence) in zip(figure.axes, mistakes, strict=False):
-        panel.imshow(split.images[image].permute(1, 2, 0).numpy())
-        panel.set_title(f"{class_names[split.labels[image]]}\ntaken for {class_names[taken]},\n"
-                        f"{confidence:.0%} sure", fontsize="small")
+    for panel, i in zip(figure.axes, wrong, strict=False):
+        panel.imshow(images[i].permute(1, 2, 0).numpy())
+        panel.set_title(f"{dataset.class_names[labels[i]]}\n"
+                        f"taken for {dataset.class_names[taken[i]]},\n{confidence[i]:.0%} sure",
+                        fontsize="small")
 
 
 def _share(count: float, whole: float) -> str:
@@ -629,10 +601,17 @@ def _score_tables(metrics: Metrics, confusion: np.ndarray, dataset: Dataset,
         [(names[a], names[b], mistaken[a, b], mistaken[b, a]) for a, b in worst if both[a, b]])
 
 
-def _calibration_table(bins: np.ndarray, error: float) -> str:
-    rows = [(f"{i / CALIBRATION_BINS:.3f} to {(i + 1) / CALIBRATION_BINS:.3f}", f"{images:.0f}",
-             f"{confidence:.1%}", f"{accuracy:.1%}")
-            for i, (images, confidence, accuracy) in enumerate(bins) if images]
+def _calibration_table(confidence: Tensor, is_right: Tensor) -> str:
+    """Return the error and its bins, of equal width (Guo et al. 2017, arXiv:1706.04599)."""
+    bins = 15
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    counts, confidences, rights = (
+        torch.bincount(bin_of, values.double(), bins)
+        for values in (torch.ones_like(confidence), confidence, is_right))
+    error = (rights - confidences).abs().sum() / len(confidence)
+    rows = [(f"{i / bins:.3f} to {(i + 1) / bins:.3f}", f"{counts[i]:.0f}",
+             f"{confidences[i] / counts[i]:.1%}", f"{rights[i] / counts[i]:.1%}")
+            for i in range(bins) if counts[i]]
     return (f"## Calibration\n\nThe expected calibration error is {error:.4f} (Guo et al. 2017): "
             "the mean distance of confidence and accuracy in these bins, weighted by their images."
             "\n\n") + markdown_table(("confidence", "images", "mean confidence", "accuracy"), rows)
