@@ -269,7 +269,6 @@ def read_run(directory: Path) -> RunRecord:
 
 SUMMARY = ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
            "test loss", "verdict", "time", "training images/s")
-ENVIRONMENT = ("runtime", "torch", "python", "system")
 NUMBERS_NOTE = "Numbers are those of the last epoch, not of the best.\n\n"
 MEANS_NOTE = "Means over n finished runs, in parentheses the sample standard deviation (n - 1):"
 MEANS = {"test accuracy": "test_acc", "test top-5": "test_top5", "val accuracy": "val_acc",
@@ -290,32 +289,29 @@ def _summary(record: RunRecord) -> tuple:
 
 def write_run_report(directory: Path, history: list[dict]) -> None:
     """Write report.md and curves.png into a run's directory; raises OSError."""
+    report, picture = (directory / name for name in RUN_REPORTS)
     try:
         record = RunRecord(directory, read_config(directory), history)
-        (above, below), groups = _report_parts(record), group_runs([record])
+        curves = write_picture(picture, "## Curves", draw_curves, group_runs([record]))
+        write_text(report, _report(record, curves))
+    except OSError:
+        raise
     except Exception as error:  # a config.json that is not ours can raise anything
         log.info(f"warning    no report: {error}")
-        return
-    report, picture = (directory / name for name in RUN_REPORTS)
-    write_text(report, above + write_picture(picture, "## Curves", draw_curves, groups) + below)
 
 
-def _report_parts(record: RunRecord) -> tuple[str, str]:
-    """Return what report.md says above the curves, and what it says below them."""
-    config, last = record.config, record.history[-1]
-    network, words = config.get("network"), config.get("in_words", {})
+def _report(record: RunRecord, curves: str) -> str:
+    config, last, network = record.config, record.history[-1], record.config["network"]
     images = "CIFAR-100" if config["dataset"] == "cifar100" else f"{config['dataset']} images"
-    above = (f"# {network['name'] if network else config['script']} on {images}: "
-             f"{last['test_acc']:.2%} after epoch {last['epoch']:.0f}\n\n{NUMBERS_NOTE}")
-    below = ""
-    if network:
-        layers = [*network["layers"], ("all", network["name"], network["parameters"])]
-        below = "## Network\n\n" + markdown_table(
-            ("layer", "kind", "parameters"), [(*layer, f"{count:,}") for *layer, count in layers])
-    below += "## Recipe\n\n" + markdown_table(("", ""), words.items())
-    environment = [(name, config[name]) for name in ENVIRONMENT if name in config]
-    below += "## Environment\n\n" + markdown_table(("", ""), environment)
-    return above + markdown_table(SUMMARY, [_summary(record)]), below
+    layers = [*network["layers"], ("all", network["name"], network["parameters"])]
+    return "".join([
+        f"# {network['name']} on {images}: {last['test_acc']:.2%} after epoch {last['epoch']:.0f}",
+        f"\n\n{NUMBERS_NOTE}", markdown_table(SUMMARY, [_summary(record)]), curves,
+        "## Network\n\n", markdown_table(("layer", "kind", "parameters"), [
+            (*layer, f"{count:,}") for *layer, count in layers]),
+        "## Recipe\n\n", markdown_table(("", ""), config["in_words"].items()),
+        "## Environment\n\n", markdown_table(("", ""), [
+            (name, config[name]) for name in ("runtime", "torch", "python", "system")])])
 
 
 def compare(directories: list[Path], into: Path) -> None:
@@ -363,7 +359,7 @@ def _means(group: list[RunRecord]) -> dict[str, str]:
 
 
 def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list[str]:
-    """Return a line on each group that has a seed twice, or is kept apart by one of KINDS."""
+    """Return a line on each group that has a seed twice, or other code, network or images."""
     notes = []
     for label, group in groups.items():
         seeds = [str(record.config["settings"]["seed"]) for record in group]
@@ -371,15 +367,14 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list
                 for seed, record in zip(seeds, group, strict=True) if seeds.count(seed) > 1]
         if same:
             notes.append(f"warning    {label}: runs that are not independent: {', '.join(same)}")
-        kinds = [name for name in KINDS if name in _differences(group[0], records)]
+        kinds = [name for name in _differences(group[0], records) if not name.startswith("--")]
         if kinds:
             runs = ", ".join(str(record.directory) for record in group)
-            other = " and ".join(kinds)
-            notes.append(f"note       {label}: kept apart from runs of other {other}: {runs}")
+            notes.append(f"note       {label}: kept apart from runs of other "
+                         f"{' and '.join(kinds)}: {runs}")
     return notes
 
 
-KINDS = ("code", "network", "images")  # what keeps runs apart beside their settings
 # How a legend says a setting; others are said by the name of their flag.
 LEGEND = {
     "epochs": "{} epochs", "max_steps": "{} steps", "batch_size": "batch size {}",
@@ -402,9 +397,9 @@ def _differences(record: RunRecord, records: list[RunRecord]) -> dict[str, str]:
               if other.config["script"] == record.config["script"]]
     differences = {}
     for name, (value, words) in _identity(record.config).items():
-        theirs = [other.get(name, (None, "")) for other in others]
+        theirs = [other.get(name, (None, None)) for other in others]
         rivals = {other_words for other, other_words in theirs if other != value}
-        if rivals and words:
+        if rivals:
             # Two versions of changed code have the same words.
             differences[name] = f"{words} ({value})" if words in rivals else words
     return differences
@@ -412,23 +407,18 @@ def _differences(record: RunRecord, records: list[RunRecord]) -> dict[str, str]:
 
 def _identity(config: dict) -> dict[str, tuple[object, str]]:
     """Return all that runs to be averaged agree in, by name: its value, and the legend's words."""
-    identity = {}
-    # --weights is no flag of the recipe, for a resumed run may omit it. But runs from other
-    # weights must not be averaged.
+    identity, code, network = {}, config["code"], config["network"]
+    # A resumed run may omit --weights, so it is not in the recipe, but it makes another network.
     for name in (*config["recipe"], "weights"):
         value = config["settings"].get(name)
-        words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
-        if name != "seed":
-            identity[f"--{name}"] = value, "" if value is None else words
-    identity |= {name: (None, f"unknown {name}") for name in KINDS}
-    if code := config.get("code"):
-        identity["code"] = code["modules"], name_of_code(code)
-    if network := config.get("network"):
-        words = f"{network['name']} of {network['parameters']:,} parameters"
-        identity["network"] = f"{zlib.crc32(repr(network).encode()):08x}", words
-    if "data" in config:
-        identity["images"] = config["data"], f"images {config['data']:08x}"
-    return identity
+        if value is not None and name != "seed":
+            words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
+            identity[f"--{name}"] = value, words
+    layers = f"{zlib.crc32(repr(network).encode()):08x}"
+    return identity | {
+        "code": (code["modules"], name_of_code(code)),
+        "network": (layers, f"{network['name']} of {network['parameters']:,} parameters"),
+        "images": (config["data"], f"images {config['data']:08x}")}
 
 
 def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
