@@ -6,7 +6,6 @@ All is made of logits, labels and rows of numbers. Pictures need matplotlib, whi
 import csv
 import hashlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -31,7 +30,6 @@ from data import SUPERCLASS_OF, Dataset
 from utils import Runtime, UserError, guard, one_line, process_rank, write_atomically
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -77,18 +75,18 @@ def metric_columns(results: dict[str, Metrics]) -> dict[str, float]:
 def epoch_line(row: dict) -> str:
     """Format one row of metrics.csv as the line for the log."""
     width = max(2, len(str(row["epochs"])))
-    fields = [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"{row['image_size']}px",
-              f"lr {row['lr']:.4f}"]
-    if row["dataset"] != "cifar100":
-        fields.insert(0, f"[{row['dataset']}]")
+    fields = [] if row["dataset"] == "cifar100" else [f"[{row['dataset']}]"]
+    fields += [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"{row['image_size']}px",
+               f"lr {row['lr']:.4f}"]
     for split in ("train", "val", "test"):
         if f"{split}_loss" in row:
             field = f"{split} loss {row[f'{split}_loss']:.3f} acc {row[f'{split}_acc']:6.2%}"
             if split != "train":
                 field += f" top5 {row[f'{split}_top5']:6.2%}"
             fields.append(field)
-    fields += [f"{row['images_per_second']:.0f} img/s", f"{row['seconds']:.1f} s"]
-    return "  ".join([*fields, f"eta {duration(row['eta_seconds'])}"])
+    fields += [f"{row['images_per_second']:.0f} img/s", f"{row['seconds']:.1f} s",
+               f"eta {duration(row['eta_seconds'])}"]
+    return "  ".join(fields)
 
 
 def duration(seconds: float) -> str:
@@ -127,8 +125,8 @@ def print_words(words: dict[str, str]) -> None:
 def progress(batches: Iterable, text: str, runtime: Runtime, done: int = 0,
              total: int | None = None) -> tqdm:
     """Return `batches` under a progress bar, which only rank 0 shows, and only on a terminal."""
-    hidden = True if runtime.rank else None  # None: tqdm looks whether there is a terminal
-    return tqdm(batches, text, initial=done, total=total, leave=False, unit="batch", disable=hidden)
+    return tqdm(batches, text, initial=done, total=total, leave=False, unit="batch",
+                disable=True if runtime.rank else None)  # None: unless there is a terminal
 
 
 def files_line(directory: Path, names: Iterable[str]) -> str:
@@ -425,7 +423,8 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     """Draw the groups' mean loss, accuracy and learning rate by epoch, one row a script."""
     scripts: dict[str, dict[str, list[RunRecord]]] = {}
     for label, records in groups.items():
-        scripts.setdefault(records[0].config["script"], {})[label] = records
+        script, _, name = label.partition(", ")
+        scripts.setdefault(script, {})[name or "this recipe"] = records
     legends = []
     grid = figure.subplots(len(scripts), 3, squeeze=False)
     for panels, (script, named) in zip(grid, scripts.items(), strict=True):
@@ -434,7 +433,7 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
         loss.set(ylabel="cross entropy, nats (training: smoothed)")
         accuracy.set(ylabel="accuracy, %", ylim=(0, 100))
         rate.set(ylabel="learning rate at the end of the epoch")
-        longest = max(len(record.history) for record in itertools.chain(*named.values()))
+        longest = max(len(record.history) for records in named.values() for record in records)
         for panel in panels:
             panel.set(xlabel="epoch", xlim=(0.5, max(longest, 2) + 0.5))
             panel.xaxis.get_major_locator().set_params(integer=True)
@@ -448,25 +447,23 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     figure.set_size_inches(11.5 + 0.09 * letters, len(scripts) * max(4, 0.5 + 0.22 * lines))
 
 
-def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -> list["Artist"]:
+def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -> list:
     """Draw the groups of one script into its panels; return what the legend explains."""
     loss, accuracy, rate = panels
     handles, dashes, shades = [], {}, {}
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
-    for (label, records), (colour, marker) in zip(groups.items(), looks, strict=False):
-        name = label.partition(", ")[2] or "this recipe"
+    for i, (name, records) in enumerate(groups.items()):
         name += f" ({len(records)} runs)" if len(records) > 1 else ""
-        look = {"color": colour, "marker": marker, "markersize": 4}
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
+                "markersize": 4}
         handles += loss.plot([], [], label=textwrap.fill(name, 45), **look)
+        history, full = records[0].history, records[0].config["settings"].get("image_size", 32)
         for split, (dash, word) in DASHES.items():
-            if f"{split}_loss" in records[0].history[0]:
+            if f"{split}_loss" in history[0]:
                 dashes[word] = dash
                 _draw_mean(loss, records, f"{split}_loss", 1, linestyle=dash, **look)
                 _draw_mean(accuracy, records, f"{split}_acc", 100, linestyle=dash, **look)
         _draw_mean(rate, records, "lr", 1, **look)
-        full = records[0].config["settings"].get("image_size", 32)
-        sizes = [row.get("image_size", full) for row in records[0].history]
-        small = [size for size in sizes if size < full]
+        small = [row["image_size"] for row in history if row.get("image_size", full) < full]
         if small:
             shades.setdefault(len(small), set()).add(f"{small[0]:.0f}")
     # Most groups have the same epochs on small images: one shade for all of them.
@@ -479,11 +476,10 @@ def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -
     handles += named.values()
     for word, dash in dashes.items():
         handles += loss.plot([], [], color="0.3", linestyle=dash, label=word)
-    required = {record.config["required_accuracy"] for record in itertools.chain(*groups.values())}
-    for value in sorted(required - {None}):
-        handles.append(accuracy.axhline(value, color="0.3", linestyle="-.",
-                                        label=f"required: {value:.0f}%"))
-    return handles
+    required = {records[0].config["required_accuracy"] for records in groups.values()} - {None}
+    return handles + [accuracy.axhline(value, color="0.3", linestyle="-.",
+                                       label=f"required: {value:.0f}%")
+                      for value in sorted(required)]
 
 
 def _draw_mean(panel: "Axes", records: list[RunRecord], column: str, scale: float,
