@@ -287,29 +287,24 @@ def _summary(record: RunRecord) -> tuple:
 
 def write_run_report(directory: Path, history: list[dict]) -> None:
     """Write report.md and curves.png into a run's directory; raises OSError."""
-    report, picture = (directory / name for name in RUN_REPORTS)
     try:
         record = RunRecord(directory, read_config(directory), history)
-        curves = write_picture(picture, "## Curves", draw_curves, group_runs([record]))
-        write_text(report, _report(record, curves))
-    except OSError:
-        raise
-    except Exception as error:  # a config.json that is not ours can raise anything
+    except UserError as error:
         log.info(f"warning    no report: {error}")
-
-
-def _report(record: RunRecord, curves: str) -> str:
-    config, last, network = record.config, record.history[-1], record.config["network"]
+        return
+    config, last, network = record.config, history[-1], record.config["network"]
     images = "CIFAR-100" if config["dataset"] == "cifar100" else f"{config['dataset']} images"
     layers = [*network["layers"], ("all", network["name"], network["parameters"])]
-    return "".join([
+    report, picture = (directory / name for name in RUN_REPORTS)
+    write_text(report, "".join([
         f"# {network['name']} on {images}: {last['test_acc']:.2%} after epoch {last['epoch']:.0f}",
-        f"\n\n{NUMBERS_NOTE}", markdown_table(SUMMARY, [_summary(record)]), curves,
+        f"\n\n{NUMBERS_NOTE}", markdown_table(SUMMARY, [_summary(record)]),
+        write_picture(picture, "## Curves", draw_curves, group_runs([record])),
         "## Network\n\n", markdown_table(("layer", "kind", "parameters"), [
             (*layer, f"{count:,}") for *layer, count in layers]),
         "## Recipe\n\n", markdown_table(("", ""), config["in_words"].items()),
         "## Environment\n\n", markdown_table(("", ""), [
-            (name, config[name]) for name in ("runtime", "torch", "python", "system")])])
+            (name, config[name]) for name in ("runtime", "torch", "python", "system")])]))
 
 
 def compare(directories: list[Path], into: Path) -> None:
