@@ -6,7 +6,6 @@ All is made of logits, labels and rows of numbers. Pictures need matplotlib, whi
 import csv
 import hashlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -27,11 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import SUPERCLASS_OF, Dataset, Split
+from data import SUPERCLASS_OF, Dataset
 from utils import Runtime, UserError, guard, one_line, process_rank, write_atomically
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -45,7 +43,6 @@ TIMES = ("images_per_second", "seconds", "eta_seconds")  # columns that differ b
 # marker more than colours, so that 30 groups look different.
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), "osD^Xv"
 DASHES = {"train": ("--", "training"), "val": (":", "validation"), "test": ("-", "test")}
-CALIBRATION_BINS = 15  # of equal width, as in Guo et al. 2017
 
 
 class Metrics(NamedTuple):
@@ -78,18 +75,18 @@ def metric_columns(results: dict[str, Metrics]) -> dict[str, float]:
 def epoch_line(row: dict) -> str:
     """Format one row of metrics.csv as the line for the log."""
     width = max(2, len(str(row["epochs"])))
-    fields = [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"{row['image_size']}px",
-              f"lr {row['lr']:.4f}"]
-    if row["dataset"] != "cifar100":
-        fields.insert(0, f"[{row['dataset']}]")
+    fields = [] if row["dataset"] == "cifar100" else [f"[{row['dataset']}]"]
+    fields += [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"{row['image_size']}px",
+               f"lr {row['lr']:.4f}"]
     for split in ("train", "val", "test"):
         if f"{split}_loss" in row:
             field = f"{split} loss {row[f'{split}_loss']:.3f} acc {row[f'{split}_acc']:6.2%}"
             if split != "train":
                 field += f" top5 {row[f'{split}_top5']:6.2%}"
             fields.append(field)
-    fields += [f"{row['images_per_second']:.0f} img/s", f"{row['seconds']:.1f} s"]
-    return "  ".join([*fields, f"eta {duration(row['eta_seconds'])}"])
+    fields += [f"{row['images_per_second']:.0f} img/s", f"{row['seconds']:.1f} s",
+               f"eta {duration(row['eta_seconds'])}"]
+    return "  ".join(fields)
 
 
 def duration(seconds: float) -> str:
@@ -128,8 +125,8 @@ def print_words(words: dict[str, str]) -> None:
 def progress(batches: Iterable, text: str, runtime: Runtime, done: int = 0,
              total: int | None = None) -> tqdm:
     """Return `batches` under a progress bar, which only rank 0 shows, and only on a terminal."""
-    hidden = True if runtime.rank else None  # None: tqdm looks whether there is a terminal
-    return tqdm(batches, text, initial=done, total=total, leave=False, unit="batch", disable=hidden)
+    return tqdm(batches, text, initial=done, total=total, leave=False, unit="batch",
+                disable=True if runtime.rank else None)  # None: unless there is a terminal
 
 
 def files_line(directory: Path, names: Iterable[str]) -> str:
@@ -270,7 +267,6 @@ def read_run(directory: Path) -> RunRecord:
 
 SUMMARY = ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
            "test loss", "verdict", "time", "training images/s")
-ENVIRONMENT = ("runtime", "torch", "python", "system")
 NUMBERS_NOTE = "Numbers are those of the last epoch, not of the best.\n\n"
 MEANS_NOTE = "Means over n finished runs, in parentheses the sample standard deviation (n - 1):"
 MEANS = {"test accuracy": "test_acc", "test top-5": "test_top5", "val accuracy": "val_acc",
@@ -293,30 +289,22 @@ def write_run_report(directory: Path, history: list[dict]) -> None:
     """Write report.md and curves.png into a run's directory; raises OSError."""
     try:
         record = RunRecord(directory, read_config(directory), history)
-        (above, below), groups = _report_parts(record), group_runs([record])
-    except Exception as error:  # a config.json that is not ours can raise anything
+    except UserError as error:
         log.info(f"warning    no report: {error}")
         return
-    report, picture = (directory / name for name in RUN_REPORTS)
-    write_text(report, above + write_picture(picture, "## Curves", draw_curves, groups) + below)
-
-
-def _report_parts(record: RunRecord) -> tuple[str, str]:
-    """Return what report.md says above the curves, and what it says below them."""
-    config, last = record.config, record.history[-1]
-    network, words = config.get("network"), config.get("in_words", {})
+    config, last, network = record.config, history[-1], record.config["network"]
     images = "CIFAR-100" if config["dataset"] == "cifar100" else f"{config['dataset']} images"
-    above = (f"# {network['name'] if network else config['script']} on {images}: "
-             f"{last['test_acc']:.2%} after epoch {last['epoch']:.0f}\n\n{NUMBERS_NOTE}")
-    below = ""
-    if network:
-        layers = [*network["layers"], ("all", network["name"], network["parameters"])]
-        below = "## Network\n\n" + markdown_table(
-            ("layer", "kind", "parameters"), [(*layer, f"{count:,}") for *layer, count in layers])
-    below += "## Recipe\n\n" + markdown_table(("", ""), words.items())
-    environment = [(name, config[name]) for name in ENVIRONMENT if name in config]
-    below += "## Environment\n\n" + markdown_table(("", ""), environment)
-    return above + markdown_table(SUMMARY, [_summary(record)]), below
+    layers = [*network["layers"], ("all", network["name"], network["parameters"])]
+    report, picture = (directory / name for name in RUN_REPORTS)
+    write_text(report, "".join([
+        f"# {network['name']} on {images}: {last['test_acc']:.2%} after epoch {last['epoch']:.0f}",
+        f"\n\n{NUMBERS_NOTE}", markdown_table(SUMMARY, [_summary(record)]),
+        write_picture(picture, "## Curves", draw_curves, group_runs([record])),
+        "## Network\n\n", markdown_table(("layer", "kind", "parameters"), [
+            (*layer, f"{count:,}") for *layer, count in layers]),
+        "## Recipe\n\n", markdown_table(("", ""), config["in_words"].items()),
+        "## Environment\n\n", markdown_table(("", ""), [
+            (name, config[name]) for name in ("runtime", "torch", "python", "system")])]))
 
 
 def compare(directories: list[Path], into: Path) -> None:
@@ -364,7 +352,7 @@ def _means(group: list[RunRecord]) -> dict[str, str]:
 
 
 def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list[str]:
-    """Return a line on each group that has a seed twice, or is kept apart by one of KINDS."""
+    """Return a line on each group that has a seed twice, or other code, network or images."""
     notes = []
     for label, group in groups.items():
         seeds = [str(record.config["settings"]["seed"]) for record in group]
@@ -372,15 +360,14 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list
                 for seed, record in zip(seeds, group, strict=True) if seeds.count(seed) > 1]
         if same:
             notes.append(f"warning    {label}: runs that are not independent: {', '.join(same)}")
-        kinds = [name for name in KINDS if name in _differences(group[0], records)]
+        kinds = [name for name in _differences(group[0], records) if not name.startswith("--")]
         if kinds:
             runs = ", ".join(str(record.directory) for record in group)
-            other = " and ".join(kinds)
-            notes.append(f"note       {label}: kept apart from runs of other {other}: {runs}")
+            notes.append(f"note       {label}: kept apart from runs of other "
+                         f"{' and '.join(kinds)}: {runs}")
     return notes
 
 
-KINDS = ("code", "network", "images")  # what keeps runs apart beside their settings
 # How a legend says a setting; others are said by the name of their flag.
 LEGEND = {
     "epochs": "{} epochs", "max_steps": "{} steps", "batch_size": "batch size {}",
@@ -403,9 +390,9 @@ def _differences(record: RunRecord, records: list[RunRecord]) -> dict[str, str]:
               if other.config["script"] == record.config["script"]]
     differences = {}
     for name, (value, words) in _identity(record.config).items():
-        theirs = [other.get(name, (None, "")) for other in others]
+        theirs = [other.get(name, (None, None)) for other in others]
         rivals = {other_words for other, other_words in theirs if other != value}
-        if rivals and words:
+        if rivals:
             # Two versions of changed code have the same words.
             differences[name] = f"{words} ({value})" if words in rivals else words
     return differences
@@ -413,30 +400,26 @@ def _differences(record: RunRecord, records: list[RunRecord]) -> dict[str, str]:
 
 def _identity(config: dict) -> dict[str, tuple[object, str]]:
     """Return all that runs to be averaged agree in, by name: its value, and the legend's words."""
-    identity = {}
-    # --weights is no flag of the recipe, for a resumed run may omit it. But runs from other
-    # weights must not be averaged.
+    identity, code, network = {}, config["code"], config["network"]
+    # A resumed run may omit --weights, so it is not in the recipe, but it makes another network.
     for name in (*config["recipe"], "weights"):
         value = config["settings"].get(name)
-        words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
-        if name != "seed":
-            identity[f"--{name}"] = value, "" if value is None else words
-    identity |= {name: (None, f"unknown {name}") for name in KINDS}
-    if code := config.get("code"):
-        identity["code"] = code["modules"], name_of_code(code)
-    if network := config.get("network"):
-        words = f"{network['name']} of {network['parameters']:,} parameters"
-        identity["network"] = f"{zlib.crc32(repr(network).encode()):08x}", words
-    if "data" in config:
-        identity["images"] = config["data"], f"images {config['data']:08x}"
-    return identity
+        if value is not None and name != "seed":
+            words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
+            identity[f"--{name}"] = value, words
+    layers = f"{zlib.crc32(repr(network).encode()):08x}"
+    return identity | {
+        "code": (code["modules"], name_of_code(code)),
+        "network": (layers, f"{network['name']} of {network['parameters']:,} parameters"),
+        "images": (config["data"], f"images {config['data']:08x}")}
 
 
 def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     """Draw the groups' mean loss, accuracy and learning rate by epoch, one row a script."""
     scripts: dict[str, dict[str, list[RunRecord]]] = {}
     for label, records in groups.items():
-        scripts.setdefault(records[0].config["script"], {})[label] = records
+        script, _, name = label.partition(", ")
+        scripts.setdefault(script, {})[name or "this recipe"] = records
     legends = []
     grid = figure.subplots(len(scripts), 3, squeeze=False)
     for panels, (script, named) in zip(grid, scripts.items(), strict=True):
@@ -445,7 +428,7 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
         loss.set(ylabel="cross entropy, nats (training: smoothed)")
         accuracy.set(ylabel="accuracy, %", ylim=(0, 100))
         rate.set(ylabel="learning rate at the end of the epoch")
-        longest = max(len(record.history) for record in itertools.chain(*named.values()))
+        longest = max(len(record.history) for records in named.values() for record in records)
         for panel in panels:
             panel.set(xlabel="epoch", xlim=(0.5, max(longest, 2) + 0.5))
             panel.xaxis.get_major_locator().set_params(integer=True)
@@ -459,25 +442,23 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     figure.set_size_inches(11.5 + 0.09 * letters, len(scripts) * max(4, 0.5 + 0.22 * lines))
 
 
-def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -> list["Artist"]:
+def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -> list:
     """Draw the groups of one script into its panels; return what the legend explains."""
     loss, accuracy, rate = panels
     handles, dashes, shades = [], {}, {}
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
-    for (label, records), (colour, marker) in zip(groups.items(), looks, strict=False):
-        name = label.partition(", ")[2] or "this recipe"
+    for i, (name, records) in enumerate(groups.items()):
         name += f" ({len(records)} runs)" if len(records) > 1 else ""
-        look = {"color": colour, "marker": marker, "markersize": 4}
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
+                "markersize": 4}
         handles += loss.plot([], [], label=textwrap.fill(name, 45), **look)
+        history, full = records[0].history, records[0].config["settings"].get("image_size", 32)
         for split, (dash, word) in DASHES.items():
-            if f"{split}_loss" in records[0].history[0]:
+            if f"{split}_loss" in history[0]:
                 dashes[word] = dash
                 _draw_mean(loss, records, f"{split}_loss", 1, linestyle=dash, **look)
                 _draw_mean(accuracy, records, f"{split}_acc", 100, linestyle=dash, **look)
         _draw_mean(rate, records, "lr", 1, **look)
-        full = records[0].config["settings"].get("image_size", 32)
-        sizes = [row.get("image_size", full) for row in records[0].history]
-        small = [size for size in sizes if size < full]
+        small = [row["image_size"] for row in history if row.get("image_size", full) < full]
         if small:
             shades.setdefault(len(small), set()).add(f"{small[0]:.0f}")
     # Most groups have the same epochs on small images: one shade for all of them.
@@ -490,11 +471,10 @@ def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -
     handles += named.values()
     for word, dash in dashes.items():
         handles += loss.plot([], [], color="0.3", linestyle=dash, label=word)
-    required = {record.config["required_accuracy"] for record in itertools.chain(*groups.values())}
-    for value in sorted(required - {None}):
-        handles.append(accuracy.axhline(value, color="0.3", linestyle="-.",
-                                        label=f"required: {value:.0f}%"))
-    return handles
+    required = {records[0].config["required_accuracy"] for records in groups.values()} - {None}
+    return handles + [accuracy.axhline(value, color="0.3", linestyle="-.",
+                                       label=f"required: {value:.0f}%")
+                      for value in sorted(required)]
 
 
 def _draw_mean(panel: "Axes", records: list[RunRecord], column: str, scale: float,
@@ -509,47 +489,17 @@ def _draw_mean(panel: "Axes", records: list[RunRecord], column: str, scale: floa
         panel.fill_between(x, curves.min(0), curves.max(0), color=look["color"], alpha=0.25)
 
 
-def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return int64 (C, C): how many images of class [row] were taken for class [column]."""
-    classes = logits.shape[1]
-    pairs = torch.bincount(labels * classes + predict(logits), minlength=classes**2)
-    return pairs.view(classes, classes).numpy()
-
-
-def predict(logits: Tensor) -> Tensor:
-    """Return the likeliest class of each image, int64 (N,), from logits (N, C)."""
-    # topk, not argmax, breaks ties as `score` does: logits computed in bf16 hold some.
-    return logits.topk(5).indices[:, 0]
-
-
-def calibration(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, float]:
-    """Return 15 bins by confidence, (15, 3), and the error (Guo et al. 2017, arXiv:1706.04599).
-
-    A bin is its number of images, their mean confidence, and their accuracy; NaN if it is empty.
-    """
-    confidence = logits.softmax(1).amax(1)
-    bin_of = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-    values = torch.ones_like(labels), confidence, predict(logits) == labels
-    counts, confidences, rights = (torch.bincount(bin_of, weights.double(), CALIBRATION_BINS)
-                                   for weights in values)
-    error = (rights - confidences).abs().sum() / len(labels)
-    return torch.stack([counts, confidences / counts, rights / counts], 1).numpy(), error.item()
-
-
-def surest_mistakes(logits: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
-    """Return up to 30 of (image, class that it was taken for, confidence), the surest first."""
-    confidence, taken = logits.softmax(1).amax(1), predict(logits)
-    wrong = (taken != labels).nonzero()[:, 0]
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:30]
-    return [(image, int(taken[image]), float(confidence[image])) for image in wrong.tolist()]
-
-
 def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     """Print what test logits (N, classes) are worth, and write TEST_REPORTS; raises UserError."""
     names, labels = dataset.class_names, dataset.test.labels
-    metrics, confusion = score(logits, labels), confusion_matrix(logits, labels)
+    metrics = score(logits, labels)
     log.info(f"test loss {metrics.loss:.3f} acc {metrics.accuracy:6.2%} top5 {metrics.top5:6.2%}  "
              f"({metrics.images:,} {dataset.name} images)")
+    # topk, not argmax, breaks ties as `score` does: logits computed in bf16 hold some.
+    taken, confidence = logits.topk(5).indices[:, 0], logits.softmax(1).amax(1)
+    classes = logits.shape[1]
+    pairs = torch.bincount(labels * classes + taken, minlength=classes**2)
+    confusion = pairs.view(classes, classes).numpy()  # (class, class that it was taken for)
     superclasses: dict[str, list[int]] = {}  # their labels
     for label, name in enumerate(names):
         superclasses.setdefault(SUPERCLASS_OF.get(name, "other"), []).append(label)
@@ -557,11 +507,11 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     with guard(f"{into}: the report cannot be written", OSError):
         write_text(into / "confusion.csv", csv_table(("class", *names), rows))
         text = _score_tables(metrics, confusion, dataset, superclasses)
-        text += _calibration_table(*calibration(logits, labels))
+        text += _calibration_table(confidence, taken == labels)
         text += write_picture(into / "confusion.png", "## Confusion (numbers: confusion.csv)",
                               draw_confusion, confusion, superclasses)
         text += write_picture(into / "mistakes.png", "## The surest mistakes", draw_mistakes,
-                              surest_mistakes(logits, labels), dataset.test, names)
+                              taken, confidence, dataset)
         write_text(into / "test-report.md", text)
     log.info(files_line(into, TEST_REPORTS))
 
@@ -585,16 +535,19 @@ def draw_confusion(figure: "Figure", confusion: np.ndarray,
         panel.axvline(edge, color=COLOURS[0], linewidth=0.3)
 
 
-def draw_mistakes(figure: "Figure", mistakes: list[tuple[int, int, float]], split: Split,
-                  class_names: Sequence[str]) -> None:
-    """Draw what `surest_mistakes` returns, with both names."""
+def draw_mistakes(figure: "Figure", taken: Tensor, confidence: Tensor, dataset: Dataset) -> None:
+    """Draw the 30 surest mistakes; `taken` are classes and `confidence` fractions of 1, (N,)."""
     figure.set_size_inches(12, 12)
+    images, labels = dataset.test
+    wrong = (taken != labels).nonzero()[:, 0]
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]
     for panel in figure.subplots(5, 6).flat:
         panel.axis("off")
-    for panel, (image, taken, confidence) in zip(figure.axes, mistakes, strict=False):
-        panel.imshow(split.images[image].permute(1, 2, 0).numpy())
-        panel.set_title(f"{class_names[split.labels[image]]}\ntaken for {class_names[taken]},\n"
-                        f"{confidence:.0%} sure", fontsize="small")
+    for panel, i in zip(figure.axes, wrong, strict=False):
+        panel.imshow(images[i].permute(1, 2, 0).numpy())
+        panel.set_title(f"{dataset.class_names[labels[i]]}\n"
+                        f"taken for {dataset.class_names[taken[i]]},\n{confidence[i]:.0%} sure",
+                        fontsize="small")
 
 
 def _share(count: float, whole: float) -> str:
@@ -629,10 +582,17 @@ def _score_tables(metrics: Metrics, confusion: np.ndarray, dataset: Dataset,
         [(names[a], names[b], mistaken[a, b], mistaken[b, a]) for a, b in worst if both[a, b]])
 
 
-def _calibration_table(bins: np.ndarray, error: float) -> str:
-    rows = [(f"{i / CALIBRATION_BINS:.3f} to {(i + 1) / CALIBRATION_BINS:.3f}", f"{images:.0f}",
-             f"{confidence:.1%}", f"{accuracy:.1%}")
-            for i, (images, confidence, accuracy) in enumerate(bins) if images]
+def _calibration_table(confidence: Tensor, is_right: Tensor) -> str:
+    """Return the error and its bins, of equal width (Guo et al. 2017, arXiv:1706.04599)."""
+    bins = 15
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    counts, confidences, rights = (
+        torch.bincount(bin_of, values.double(), bins)
+        for values in (torch.ones_like(confidence), confidence, is_right))
+    error = (rights - confidences).abs().sum() / len(confidence)
+    rows = [(f"{i / bins:.3f} to {(i + 1) / bins:.3f}", f"{counts[i]:.0f}",
+             f"{confidences[i] / counts[i]:.1%}", f"{rights[i] / counts[i]:.1%}")
+            for i in range(bins) if counts[i]]
     return (f"## Calibration\n\nThe expected calibration error is {error:.4f} (Guo et al. 2017): "
             "the mean distance of confidence and accuracy in these bins, weighted by their images."
             "\n\n") + markdown_table(("confidence", "images", "mean confidence", "accuracy"), rows)
