@@ -87,11 +87,12 @@ def run_script(main: Callable[[], None]) -> None:
     # File names can hold characters that stdout cannot show; stdout may be closed, or not a file.
     with contextlib.suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Three warnings of torch that need nothing done. In fp16 the first step may be skipped, which
+    # Four warnings of torch that need nothing done. In fp16 the first step may be skipped, which
     # looks like a wrong order of calls. Strides of 1x1 convolutions may differ in sides of length
-    # one. And the new name of broadcast_buffers is unknown to torch 2.10.
+    # one. The new name of broadcast_buffers is unknown to torch 2.10. And compiled code is a little
+    # slower on Python 3.13.0.
     for message in ("Detected call of .lr_scheduler.step", "Grad strides do not match bucket view",
-                    ".broadcast_buffers. is deprecated"):
+                    ".broadcast_buffers. is deprecated", "Guards may run slower on Python 3.13.0"):
         warnings.filterwarnings("ignore", message)
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.addHandler(logging.handlers.MemoryHandler(sys.maxsize))  # for `keep_log`
