@@ -13,7 +13,6 @@ import operator
 import os
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import warnings
 import zlib
@@ -167,8 +166,8 @@ class Batches:
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
         self.scale, self.shift = 1 / (255 * std), -mean / std
         # The rows, or columns, that each offset of a crop takes, and then the same ones flipped.
-        padded = range(-CROP_PADDING, 32 + CROP_PADDING)
-        crops = torch.tensor([_reflect(pixel) for pixel in padded]).unfold(0, 32, 1)
+        padded = np.pad(np.arange(32), CROP_PADDING, mode="reflect")
+        crops = torch.tensor(padded).unfold(0, 32, 1)
         self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x OFFSETS, 32)
         eager = self._augment_eagerly
         self._augment = torch.compile(eager, dynamic=False) if runtime.compile else eager
@@ -220,11 +219,6 @@ class Batches:
         if size == images.shape[-1]:
             return images
         return F.interpolate(images, (size, size), mode="bilinear", antialias=size < 32)
-
-
-def _reflect(pixel: int) -> int:
-    """Map a position from -31 to 62 into 0..31 by reflection at the outermost pixels."""
-    return 31 - abs(31 - abs(pixel))
 
 
 def epoch_seed(*numbers: int) -> int:
@@ -499,7 +493,7 @@ def _ways_out(data_dir: Path, reason: str) -> str:
             "synthetic")
 
 
-def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
+def fetch(url: str, data_dir: Path) -> Path:
     """Download an official archive into `data_dir` and return its path.
 
     One process at a time downloads, the others wait for it. A broken transfer is resumed, in this
@@ -518,48 +512,37 @@ def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
             if found := find(data_dir):
                 return found
             log.info(f"download   {url} to {data_dir.resolve()}{is_new}")
-            was_begun = partial.exists()
-            md5 = _transfer_with_retries(url, partial, attempts)
-            # What was there before was perhaps a part of another file: start afresh, once.
-            if md5 not in names and was_begun:
-                md5 = _transfer_with_retries(url, partial, attempts)
-            if md5 not in names:
-                raise UserError(_ways_out(data_dir, f"what {url} sent, md5 {md5}, is not official"))
-            return partial.replace(data_dir / names[md5])
+            # What is there may be a part of another file: then start afresh, once.
+            for _ in range(2 if partial.exists() else 1):
+                _complete(partial, url)
+                md5 = calculate_md5(partial)
+                if md5 in names:
+                    return partial.replace(data_dir / names[md5])
+                partial.unlink()
+            raise OSError(f"its md5 sum, {md5}, is not official")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(_ways_out(data_dir, f"downloading {url} failed: {error}")) from error
 
 
-def _transfer_with_retries(url: str, partial: Path, attempts: int) -> str:
-    """Complete `partial` and return its md5; it is deleted if that is no official archive's."""
-    for attempt in range(attempts):
+def _complete(partial: Path, url: str) -> None:
+    """Transfer what `partial` lacks; a broken connection, or a busy server, is tried again."""
+    for attempt in range(5):
         try:
-            _transfer(url, partial)
-            break
+            return _append(partial, url)
         except (OSError, http.client.HTTPException) as error:
-            # Try again after a broken connection, and when the server is busy: 408, 429 and 5xx.
-            code = getattr(error, "code", 500)
-            if attempt + 1 == attempts or (code < 500 and code not in (408, 429)):
+            status = getattr(error, "code", 500)
+            if status == 416:  # range not satisfiable: everything is here already
+                return
+            if attempt == 4 or (status < 500 and status not in (408, 429)):
                 raise
             log.info(f"download   broke off ({error}), trying again")
             time.sleep(RETRY_SECONDS * 2**attempt)
-    md5 = calculate_md5(partial)
-    if md5 not in OFFICIAL_MD5.values():
-        partial.unlink()
-    return md5
 
 
-def _transfer(url: str, partial: Path) -> None:
-    """Append to `partial` what it lacks of the file at `url`."""
+def _append(partial: Path, url: str) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)  # seconds without a byte
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # range not satisfiable: everything is here already
-            return
-        raise
-    with response:
+    with urllib.request.urlopen(request, timeout=60) as response:  # seconds without a byte
         if response.status != 206:  # the server does not resume
             have = 0
         total = have + int(response.headers.get("Content-Length") or 0)
