@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-from utils import SIZE_LIMIT, Runtime, UserError, guard, one_line, rank_0_first, try_lock, unpickle
+from utils import SIZE_LIMIT, Runtime, UserError, guard, rank_0_first, try_lock, unpickle
 
 log = logging.getLogger("cifar100")
 
@@ -300,11 +300,6 @@ OFFICIAL_MD5 = {
 }
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as long each time
-NAMES_LIMIT = 10_000  # bytes; the official fine_label_names.txt has 900
-
-
-# Images and labels of each split as in the file, unchecked.
-Raw = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def find(data_dir: Path) -> Path | None:
@@ -335,12 +330,16 @@ def read(path: Path) -> Dataset:
         missing = [file for file in files if file not in members]
         if missing:
             raise UserError(f"{path}: not a whole CIFAR-100, it lacks {', '.join(missing)}")
-        _note_other_checksum(path, version)
+        # Unpacked binary files have no known sums.
+        known = [path / file for file in files if file in OFFICIAL_MD5]
+        sums = {calculate_md5(file) for file in (known if path.is_dir() else [path])}
+        if not sums <= set(OFFICIAL_MD5.values()):
+            log.info(f"note       {path}: not the official md5 sum; its content is checked instead")
         splits, names = parse(members, path)
-    train, test = (_check_split(*splits[name], name, path) for name in ("train", "test"))
     if not isinstance(names, list) or [type(name) for name in names] != [str] * CLASSES:
         raise UserError(f"{path}: does not hold {CLASSES} class names")
-    return Dataset("cifar100", train, test, tuple(names), f"{path} ({version} version)")
+    return Dataset("cifar100", splits["train"], splits["test"], tuple(names),
+                   f"{path} ({version} version)")
 
 
 def _begin(path: Path) -> bytes:
@@ -374,46 +373,30 @@ def _read_archive(path: Path) -> dict[str, bytes]:
 
 def _gunzip(path: Path) -> io.BytesIO:
     """Return the content of a .tar or .tar.gz; gzip's checksum is verified at its end."""
-    unpacked = io.BytesIO()
     with gzip.open(path) if _begin(path).startswith(b"\x1f\x8b") else open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            unpacked.write(chunk)
-            if unpacked.tell() > SIZE_LIMIT:
-                raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
-    unpacked.seek(0)
-    return unpacked
+        content = file.read(SIZE_LIMIT + 1)
+    if len(content) > SIZE_LIMIT:
+        raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
+    return io.BytesIO(content)
 
 
-def _note_other_checksum(path: Path, version: str) -> None:
-    """Say so if the files are not the official ones; unpacked binary ones have no known sums."""
-    official = {}
-    if path.is_file():
-        official = {path: OFFICIAL_MD5[f"cifar-100-{version}.tar.gz"]}
-    elif version == "python":
-        official = {path / name: OFFICIAL_MD5[name] for name in PYTHON_FILES}
-    if any(calculate_md5(file) != md5 for file, md5 in official.items()):
-        log.info(f"note       {path}: not the official md5 sum; its content is checked instead")
-
-
-def _parse_python(members: dict[str, bytes], path: Path) -> tuple[Raw, list[str]]:
-    splits, name = {}, "meta"
-    try:
+def _parse_python(members: dict[str, bytes], path: Path) -> tuple[dict[str, Split], list[str]]:
+    splits, fault = {}, "is not a pickle of CIFAR-100"
+    # A damaged pickle can raise anything.
+    with guard(f"{path}: meta {fault}", Exception):
         names = unpickle(members["meta"])["fine_label_names"]
-        for name in ("train", "test"):
+    for name in ("train", "test"):
+        with guard(f"{path}: {name} {fault}", Exception):
             content = unpickle(members[name])
             labels = content["fine_labels"]
             if not isinstance(labels, list) or len(labels) > FULL_SIZE[name]:
                 raise TypeError("the labels are no list, or too many")
             labels = np.fromiter(map(operator.index, labels), np.int64)
-            splits[name] = content["data"].numpy(), labels
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise UserError(f"{path}: {name} is not a pickle of CIFAR-100 ({reason})") from error
+            splits[name] = _check_split(content["data"].numpy(), labels, name, path)
     return splits, names
 
 
-def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[Raw, list[str]]:
-    names = members["fine_label_names.txt"][:NAMES_LIMIT].decode("utf-8", "replace").split()
+def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[dict[str, Split], list[str]]:
     record = 2 + 3072  # bytes: coarse label, fine label, pixels
     splits = {}
     for name in ("train", "test"):
@@ -421,11 +404,13 @@ def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[Raw, list[str]
         if content.size % record:
             raise UserError(f"{path}: {name}.bin is not a whole number of {record}-byte records")
         rows = content.reshape(-1, record)
-        splits[name] = rows[:, 2:], rows[:, 1]
+        splits[name] = _check_split(rows[:, 2:], rows[:, 1], name, path)
+    # The official names have 900 bytes.
+    names = members["fine_label_names.txt"][:10_000].decode("utf-8", "replace").split()
     return splits, names
 
 
-def _parse_hdf5(path: Path) -> tuple[Raw, list[str]]:
+def _parse_hdf5(path: Path) -> tuple[dict[str, Split], list[str]]:
     """The course's layout: X_* (N, 3, 32, 32), uint8 0..255 or float 0..1, and Y_* (N,)."""
     try:
         import h5py
@@ -438,7 +423,8 @@ def _parse_hdf5(path: Path) -> tuple[Raw, list[str]]:
             images, labels = file[f"X_{name}"], file[f"Y_{name}"]
             _check_hdf5(images, count * 3072, path)
             _check_hdf5(labels, count, path)
-            splits[name] = _read_pixels(images, name, path), labels[:].reshape(-1)
+            images = _read_pixels(images, name, path)
+            splits[name] = _check_split(images, labels[:].reshape(-1), name, path)
     return splits, list(CLASS_NAMES)
 
 

@@ -68,7 +68,7 @@ def guard(what: str, errors: type[Exception], advice: str = "",
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"{what} ({error}){advice}", status) from error
+        raise UserError(f"{what} ({one_line(error)[:300]}){advice}", status) from error
 
 
 def one_line(text: object) -> str:
