@@ -392,7 +392,7 @@ def _parse_python(members: dict[str, bytes], path: Path) -> tuple[dict[str, Spli
             if not isinstance(labels, list) or len(labels) > FULL_SIZE[name]:
                 raise TypeError("the labels are no list, or too many")
             labels = np.fromiter(map(operator.index, labels), np.int64)
-            splits[name] = _check_split(content["data"].numpy(), labels, name, path)
+            splits[name] = _check_split(content["data"].view(np.ndarray), labels, name, path)
     return splits, names
 
 
