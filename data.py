@@ -89,13 +89,10 @@ def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
         if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
             raise UserError(f"--data-dir {data_dir}: no such file")
         with rank_0_first():  # which downloads, if need be
-            path = find(data_dir)
-            if path is None and not download:
-                raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
-            path = path or fetch(url or URL, data_dir)
+            path = find(data_dir) or fetch(url or URL, data_dir, download)
         return read(path)
     except (OSError, MemoryError) as error:
-        reason = error or "not enough memory"
+        reason = str(error) or "not enough memory"
         raise UserError(f"{data_dir}: cannot be read: {reason}") from error
 
 
@@ -320,7 +317,7 @@ def read(path: Path) -> Dataset:
 
     Raises UserError if it is none of them, is damaged, or has the wrong content.
     """
-    if path.is_file() and _begin(path) == b"\x89HDF":
+    if path.is_file() and np.fromfile(path, np.uint8, 4).tobytes() == b"\x89HDF":
         version, (splits, names) = "HDF5", _parse_hdf5(path)
     else:
         members = _read_directory(path) if path.is_dir() else _read_archive(path)
@@ -342,12 +339,6 @@ def read(path: Path) -> Dataset:
                    f"{path} ({version} version)")
 
 
-def _begin(path: Path) -> bytes:
-    """Return the first four bytes of a file, which tell its format."""
-    with open(path, "rb") as file:
-        return file.read(4)
-
-
 def _read_directory(path: Path) -> dict[str, bytes]:
     """Return the files of interest by name."""
     members = {}
@@ -359,25 +350,20 @@ def _read_directory(path: Path) -> dict[str, bytes]:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """Return the archive's members of interest by base name; nothing is unpacked to disk."""
+    """Return the members of interest of a .tar.gz by base name; nothing is unpacked to disk."""
     members = {}
-    guarded = guard(f"{path}: not an HDF5 file, and not a whole tar archive", Exception,
-                    "; if it was copied or downloaded by hand, do that again")
-    with guarded, tarfile.open(fileobj=_gunzip(path), mode="r:") as archive:
-        for member in archive:
-            name = PurePosixPath(member.name).name
-            if name in PYTHON_FILES + BINARY_FILES and member.isfile() and not member.issparse():
-                members[name] = archive.extractfile(member).read()
+    with guard(f"{path}: not an HDF5 file, and not a whole tar archive", Exception,
+               "; if it was copied or downloaded by hand, do that again"):
+        with gzip.open(path) as file:  # which verifies its checksum at its end
+            content = file.read(SIZE_LIMIT + 1)
+        if len(content) > SIZE_LIMIT:
+            raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                name = PurePosixPath(member.name).name
+                if name in PYTHON_FILES + BINARY_FILES and not member.issparse():
+                    members[name] = archive.extractfile(member).read()
     return members
-
-
-def _gunzip(path: Path) -> io.BytesIO:
-    """Return the content of a .tar or .tar.gz; gzip's checksum is verified at its end."""
-    with gzip.open(path) if _begin(path).startswith(b"\x1f\x8b") else open(path, "rb") as file:
-        content = file.read(SIZE_LIMIT + 1)
-    if len(content) > SIZE_LIMIT:
-        raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
-    return io.BytesIO(content)
 
 
 def _parse_python(members: dict[str, bytes], path: Path) -> tuple[dict[str, Split], list[str]]:
@@ -412,42 +398,36 @@ def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[dict[str, Spli
 
 def _parse_hdf5(path: Path) -> tuple[dict[str, Split], list[str]]:
     """The course's layout: X_* (N, 3, 32, 32), uint8 0..255 or float 0..1, and Y_* (N,)."""
-    try:
+    with guard(f"{path}: reading HDF5 needs one more package: pip install h5py", ImportError):
         import h5py
-    except ImportError as error:
-        raise UserError(f"{path}: reading HDF5 needs one more package: pip install h5py") from error
     splits = {}
     guarded = guard(f"{path}: not an HDF5 file with the course's keys", Exception)
     with guarded, h5py.File(path) as file:
         for name, count in FULL_SIZE.items():
-            images, labels = file[f"X_{name}"], file[f"Y_{name}"]
-            _check_hdf5(images, count * 3072, path)
-            _check_hdf5(labels, count, path)
-            images = _read_pixels(images, name, path)
-            splits[name] = _check_split(images, labels[:].reshape(-1), name, path)
+            images = _read_hdf5(file[f"X_{name}"], "uf", count * 3072, f"{path}: {name} images")
+            labels = _read_hdf5(file[f"Y_{name}"], "iu", count, f"{path}: {name} labels")
+            splits[name] = _check_split(images, labels.reshape(-1), name, path)
     return splits, list(CLASS_NAMES)
 
 
-def _check_hdf5(values: "h5py.Dataset", most: int, path: Path) -> None:  # noqa: F821
-    """Raise UserError unless an HDF5 dataset is of at most so many numbers, in small chunks."""
-    are_numbers = values.dtype.kind in "iuf" and values.dtype.itemsize <= 8
-    chunk = math.prod(values.chunks or (1,)) * values.dtype.itemsize  # bytes
-    if not are_numbers or values.size > most or chunk > SIZE_LIMIT:
-        raise UserError(f"{path}: {values.name} is {values.dtype} {values.shape}, not the numbers "
-                        "of CIFAR-100")
-
-
-def _read_pixels(images: "h5py.Dataset", name: str, path: Path) -> np.ndarray:  # noqa: F821
-    """Return an HDF5 dataset as uint8, a thousand images at a time; floats 0..1 are scaled."""
-    if images.dtype == np.uint8:
-        return images[:]
-    pixels = np.empty(images.shape, np.uint8)
-    for start in range(0, len(images), 1000):
-        some = images[start : start + 1000]
-        if some.dtype.kind != "f" or not (some.min() >= 0 and some.max() <= 1):
-            raise UserError(f"{path}: {name} images are {some.dtype}, but neither uint8 nor floats "
-                            "of 0..1")
-        pixels[start : start + 1000] = np.rint(some * 255)
+def _read_hdf5(values: "h5py.Dataset", kinds: str, most: int, what: str) -> np.ndarray:  # noqa: F821
+    """Return an HDF5 dataset of at most so many numbers; floats 0..1 become uint8 0..255."""
+    fault = f"{what} are {values.dtype} {values.shape}, not the numbers of CIFAR-100"
+    is_float = values.dtype.kind == "f"
+    # What is in memory at a time: of floats a thousand rows.
+    at_once = 1000 * math.prod(values.shape[1:]) if is_float else values.size
+    numbers = max(at_once, math.prod(values.chunks or ()))
+    too_large = values.size > most or numbers * values.dtype.itemsize > SIZE_LIMIT
+    if values.dtype.kind not in kinds or too_large:
+        raise UserError(fault)
+    if not is_float:
+        return values[:]
+    pixels = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), 1000):
+        part = values[start : start + 1000]
+        if not (part.min() >= 0 and part.max() <= 1):
+            raise UserError(f"{fault}: neither uint8 nor floats of 0..1")
+        pixels[start : start + 1000] = np.rint(part * 255)
     return pixels
 
 
@@ -479,15 +459,17 @@ def _ways_out(data_dir: Path, reason: str) -> str:
             "synthetic")
 
 
-def fetch(url: str, data_dir: Path) -> Path:
+def fetch(url: str, data_dir: Path, allowed: bool = True) -> Path:
     """Download an official archive into `data_dir` and return its path.
 
     One process at a time downloads, the others wait for it. A broken transfer is resumed, in this
-    run and in the next. Raises UserError if the download fails or gives a file of another md5.
+    run and in the next. Raises UserError if the download is not `allowed`, fails, or gives a file
+    of another md5.
     """
+    if not allowed:
+        raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
     partial = data_dir / "cifar-100.tar.gz.part"
     names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
-    is_new = "" if data_dir.exists() else ", which did not exist"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with open(data_dir / ".cifar-100.lock", "w") as lock:
@@ -497,7 +479,7 @@ def fetch(url: str, data_dir: Path) -> Path:
                     time.sleep(0.1)
             if found := find(data_dir):
                 return found
-            log.info(f"download   {url} to {data_dir.resolve()}{is_new}")
+            log.info(f"download   {url} to {data_dir.resolve()}")
             # What is there may be a part of another file: then start afresh, once.
             for _ in range(2 if partial.exists() else 1):
                 _complete(partial, url)

@@ -420,9 +420,9 @@ class Runtime(NamedTuple):
         if self.compile:
             _fall_back_to_eager()
             model.compile(dynamic=False)
-            return model
-        for module, counter in counters:
-            module.num_batches_tracked = counter
+        else:
+            for module, counter in counters:
+                module.num_batches_tracked = counter
         return model
 
     def reduce(self, values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
@@ -452,10 +452,9 @@ class Runtime(NamedTuple):
             name = f"CPU, {torch.get_num_threads()} threads"
         elif self.device.type == "cuda":
             name += f" ({torch.cuda.get_device_name(self.device)})"
-        if self.ranks > 1:
-            name = f"{self.ranks} x {name}"
-        name += f", {str(self.dtype).removeprefix('torch.')}"
-        return f"{name}, compiled" if self.compile else name
+        ranks = f"{self.ranks} x " if self.ranks > 1 else ""
+        compiled = ", compiled" if self.compile else ""
+        return f"{ranks}{name}, {str(self.dtype).removeprefix('torch.')}{compiled}"
 
 
 def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
