@@ -459,7 +459,7 @@ def _ways_out(data_dir: Path, reason: str) -> str:
             "synthetic")
 
 
-def fetch(url: str, data_dir: Path, allowed: bool = True) -> Path:
+def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
     """Download an official archive into `data_dir` and return its path.
 
     One process at a time downloads, the others wait for it. A broken transfer is resumed, in this

@@ -484,7 +484,8 @@ def find_device(name: str) -> torch.device:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        for reason in [one_line(warning.message) for warning in told][:1]:
+        if told:
+            reason = one_line(told[0].message)
             log.info(f"note       the GPU is not used ({reason[:200]}){_remedy(reason)}")
     if name.startswith("cuda:") and launched():
         raise UserError(f"--device {name}: torchrun gives each process a GPU; say --device cuda")
