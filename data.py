@@ -13,7 +13,6 @@ import operator
 import os
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import warnings
 import zlib
@@ -28,7 +27,7 @@ from torch import Tensor
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-from utils import SIZE_LIMIT, Runtime, UserError, guard, one_line, rank_0_first, try_lock, unpickle
+from utils import SIZE_LIMIT, Runtime, UserError, guard, rank_0_first, try_lock, unpickle
 
 log = logging.getLogger("cifar100")
 
@@ -90,13 +89,10 @@ def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
         if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
             raise UserError(f"--data-dir {data_dir}: no such file")
         with rank_0_first():  # which downloads, if need be
-            path = find(data_dir)
-            if path is None and not download:
-                raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
-            path = path or fetch(url or URL, data_dir)
+            path = find(data_dir) or fetch(url or URL, data_dir, download)
         return read(path)
     except (OSError, MemoryError) as error:
-        reason = error or "not enough memory"
+        reason = str(error) or "not enough memory"
         raise UserError(f"{data_dir}: cannot be read: {reason}") from error
 
 
@@ -167,8 +163,8 @@ class Batches:
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
         self.scale, self.shift = 1 / (255 * std), -mean / std
         # The rows, or columns, that each offset of a crop takes, and then the same ones flipped.
-        padded = range(-CROP_PADDING, 32 + CROP_PADDING)
-        crops = torch.tensor([_reflect(pixel) for pixel in padded]).unfold(0, 32, 1)
+        padded = np.pad(np.arange(32), CROP_PADDING, mode="reflect")
+        crops = torch.tensor(padded).unfold(0, 32, 1)
         self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x OFFSETS, 32)
         eager = self._augment_eagerly
         self._augment = torch.compile(eager, dynamic=False) if runtime.compile else eager
@@ -220,11 +216,6 @@ class Batches:
         if size == images.shape[-1]:
             return images
         return F.interpolate(images, (size, size), mode="bilinear", antialias=size < 32)
-
-
-def _reflect(pixel: int) -> int:
-    """Map a position from -31 to 62 into 0..31 by reflection at the outermost pixels."""
-    return 31 - abs(31 - abs(pixel))
 
 
 def epoch_seed(*numbers: int) -> int:
@@ -306,11 +297,6 @@ OFFICIAL_MD5 = {
 }
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as long each time
-NAMES_LIMIT = 10_000  # bytes; the official fine_label_names.txt has 900
-
-
-# Images and labels of each split as in the file, unchecked.
-Raw = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def find(data_dir: Path) -> Path | None:
@@ -331,7 +317,7 @@ def read(path: Path) -> Dataset:
 
     Raises UserError if it is none of them, is damaged, or has the wrong content.
     """
-    if path.is_file() and _begin(path) == b"\x89HDF":
+    if path.is_file() and np.fromfile(path, np.uint8, 4).tobytes() == b"\x89HDF":
         version, (splits, names) = "HDF5", _parse_hdf5(path)
     else:
         members = _read_directory(path) if path.is_dir() else _read_archive(path)
@@ -341,18 +327,16 @@ def read(path: Path) -> Dataset:
         missing = [file for file in files if file not in members]
         if missing:
             raise UserError(f"{path}: not a whole CIFAR-100, it lacks {', '.join(missing)}")
-        _note_other_checksum(path, version)
+        # Unpacked binary files have no known sums.
+        known = [path / file for file in files if file in OFFICIAL_MD5]
+        sums = {calculate_md5(file) for file in (known if path.is_dir() else [path])}
+        if not sums <= set(OFFICIAL_MD5.values()):
+            log.info(f"note       {path}: not the official md5 sum; its content is checked instead")
         splits, names = parse(members, path)
-    train, test = (_check_split(*splits[name], name, path) for name in ("train", "test"))
     if not isinstance(names, list) or [type(name) for name in names] != [str] * CLASSES:
         raise UserError(f"{path}: does not hold {CLASSES} class names")
-    return Dataset("cifar100", train, test, tuple(names), f"{path} ({version} version)")
-
-
-def _begin(path: Path) -> bytes:
-    """Return the first four bytes of a file, which tell its format."""
-    with open(path, "rb") as file:
-        return file.read(4)
+    return Dataset("cifar100", splits["train"], splits["test"], tuple(names),
+                   f"{path} ({version} version)")
 
 
 def _read_directory(path: Path) -> dict[str, bytes]:
@@ -366,60 +350,39 @@ def _read_directory(path: Path) -> dict[str, bytes]:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """Return the archive's members of interest by base name; nothing is unpacked to disk."""
+    """Return the members of interest of a .tar.gz by base name; nothing is unpacked to disk."""
     members = {}
-    guarded = guard(f"{path}: not an HDF5 file, and not a whole tar archive", Exception,
-                    "; if it was copied or downloaded by hand, do that again")
-    with guarded, tarfile.open(fileobj=_gunzip(path), mode="r:") as archive:
-        for member in archive:
-            name = PurePosixPath(member.name).name
-            if name in PYTHON_FILES + BINARY_FILES and member.isfile() and not member.issparse():
-                members[name] = archive.extractfile(member).read()
+    with guard(f"{path}: not an HDF5 file, and not a whole tar archive", Exception,
+               "; if it was copied or downloaded by hand, do that again"):
+        with gzip.open(path) as file:  # which verifies its checksum at its end
+            content = file.read(SIZE_LIMIT + 1)
+        if len(content) > SIZE_LIMIT:
+            raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                name = PurePosixPath(member.name).name
+                if name in PYTHON_FILES + BINARY_FILES and not member.issparse():
+                    members[name] = archive.extractfile(member).read()
     return members
 
 
-def _gunzip(path: Path) -> io.BytesIO:
-    """Return the content of a .tar or .tar.gz; gzip's checksum is verified at its end."""
-    unpacked = io.BytesIO()
-    with gzip.open(path) if _begin(path).startswith(b"\x1f\x8b") else open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            unpacked.write(chunk)
-            if unpacked.tell() > SIZE_LIMIT:
-                raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
-    unpacked.seek(0)
-    return unpacked
-
-
-def _note_other_checksum(path: Path, version: str) -> None:
-    """Say so if the files are not the official ones; unpacked binary ones have no known sums."""
-    official = {}
-    if path.is_file():
-        official = {path: OFFICIAL_MD5[f"cifar-100-{version}.tar.gz"]}
-    elif version == "python":
-        official = {path / name: OFFICIAL_MD5[name] for name in PYTHON_FILES}
-    if any(calculate_md5(file) != md5 for file, md5 in official.items()):
-        log.info(f"note       {path}: not the official md5 sum; its content is checked instead")
-
-
-def _parse_python(members: dict[str, bytes], path: Path) -> tuple[Raw, list[str]]:
-    splits, name = {}, "meta"
-    try:
+def _parse_python(members: dict[str, bytes], path: Path) -> tuple[dict[str, Split], list[str]]:
+    splits, fault = {}, "is not a pickle of CIFAR-100"
+    # A damaged pickle can raise anything.
+    with guard(f"{path}: meta {fault}", Exception):
         names = unpickle(members["meta"])["fine_label_names"]
-        for name in ("train", "test"):
+    for name in ("train", "test"):
+        with guard(f"{path}: {name} {fault}", Exception):
             content = unpickle(members[name])
             labels = content["fine_labels"]
             if not isinstance(labels, list) or len(labels) > FULL_SIZE[name]:
                 raise TypeError("the labels are no list, or too many")
             labels = np.fromiter(map(operator.index, labels), np.int64)
-            splits[name] = content["data"].numpy(), labels
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise UserError(f"{path}: {name} is not a pickle of CIFAR-100 ({reason})") from error
+            splits[name] = _check_split(content["data"].view(np.ndarray), labels, name, path)
     return splits, names
 
 
-def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[Raw, list[str]]:
-    names = members["fine_label_names.txt"][:NAMES_LIMIT].decode("utf-8", "replace").split()
+def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[dict[str, Split], list[str]]:
     record = 2 + 3072  # bytes: coarse label, fine label, pixels
     splits = {}
     for name in ("train", "test"):
@@ -427,47 +390,44 @@ def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[Raw, list[str]
         if content.size % record:
             raise UserError(f"{path}: {name}.bin is not a whole number of {record}-byte records")
         rows = content.reshape(-1, record)
-        splits[name] = rows[:, 2:], rows[:, 1]
+        splits[name] = _check_split(rows[:, 2:], rows[:, 1], name, path)
+    # The official names have 900 bytes.
+    names = members["fine_label_names.txt"][:10_000].decode("utf-8", "replace").split()
     return splits, names
 
 
-def _parse_hdf5(path: Path) -> tuple[Raw, list[str]]:
+def _parse_hdf5(path: Path) -> tuple[dict[str, Split], list[str]]:
     """The course's layout: X_* (N, 3, 32, 32), uint8 0..255 or float 0..1, and Y_* (N,)."""
-    try:
+    with guard(f"{path}: reading HDF5 needs one more package: pip install h5py", ImportError):
         import h5py
-    except ImportError as error:
-        raise UserError(f"{path}: reading HDF5 needs one more package: pip install h5py") from error
     splits = {}
     guarded = guard(f"{path}: not an HDF5 file with the course's keys", Exception)
     with guarded, h5py.File(path) as file:
         for name, count in FULL_SIZE.items():
-            images, labels = file[f"X_{name}"], file[f"Y_{name}"]
-            _check_hdf5(images, count * 3072, path)
-            _check_hdf5(labels, count, path)
-            splits[name] = _read_pixels(images, name, path), labels[:].reshape(-1)
+            images = _read_hdf5(file[f"X_{name}"], "uf", count * 3072, f"{path}: {name} images")
+            labels = _read_hdf5(file[f"Y_{name}"], "iu", count, f"{path}: {name} labels")
+            splits[name] = _check_split(images, labels.reshape(-1), name, path)
     return splits, list(CLASS_NAMES)
 
 
-def _check_hdf5(values: "h5py.Dataset", most: int, path: Path) -> None:  # noqa: F821
-    """Raise UserError unless an HDF5 dataset is of at most so many numbers, in small chunks."""
-    are_numbers = values.dtype.kind in "iuf" and values.dtype.itemsize <= 8
-    chunk = math.prod(values.chunks or (1,)) * values.dtype.itemsize  # bytes
-    if not are_numbers or values.size > most or chunk > SIZE_LIMIT:
-        raise UserError(f"{path}: {values.name} is {values.dtype} {values.shape}, not the numbers "
-                        "of CIFAR-100")
-
-
-def _read_pixels(images: "h5py.Dataset", name: str, path: Path) -> np.ndarray:  # noqa: F821
-    """Return an HDF5 dataset as uint8, a thousand images at a time; floats 0..1 are scaled."""
-    if images.dtype == np.uint8:
-        return images[:]
-    pixels = np.empty(images.shape, np.uint8)
-    for start in range(0, len(images), 1000):
-        some = images[start : start + 1000]
-        if some.dtype.kind != "f" or not (some.min() >= 0 and some.max() <= 1):
-            raise UserError(f"{path}: {name} images are {some.dtype}, but neither uint8 nor floats "
-                            "of 0..1")
-        pixels[start : start + 1000] = np.rint(some * 255)
+def _read_hdf5(values: "h5py.Dataset", kinds: str, most: int, what: str) -> np.ndarray:  # noqa: F821
+    """Return an HDF5 dataset of at most so many numbers; floats 0..1 become uint8 0..255."""
+    fault = f"{what} are {values.dtype} {values.shape}, not the numbers of CIFAR-100"
+    is_float = values.dtype.kind == "f"
+    # What is in memory at a time: of floats a thousand rows.
+    at_once = 1000 * math.prod(values.shape[1:]) if is_float else values.size
+    numbers = max(at_once, math.prod(values.chunks or ()))
+    too_large = values.size > most or numbers * values.dtype.itemsize > SIZE_LIMIT
+    if values.dtype.kind not in kinds or too_large:
+        raise UserError(fault)
+    if not is_float:
+        return values[:]
+    pixels = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), 1000):
+        part = values[start : start + 1000]
+        if not (part.min() >= 0 and part.max() <= 1):
+            raise UserError(f"{fault}: neither uint8 nor floats of 0..1")
+        pixels[start : start + 1000] = np.rint(part * 255)
     return pixels
 
 
@@ -499,15 +459,17 @@ def _ways_out(data_dir: Path, reason: str) -> str:
             "synthetic")
 
 
-def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
+def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
     """Download an official archive into `data_dir` and return its path.
 
     One process at a time downloads, the others wait for it. A broken transfer is resumed, in this
-    run and in the next. Raises UserError if the download fails or gives a file of another md5.
+    run and in the next. Raises UserError if the download is not `allowed`, fails, or gives a file
+    of another md5.
     """
+    if not allowed:
+        raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
     partial = data_dir / "cifar-100.tar.gz.part"
     names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
-    is_new = "" if data_dir.exists() else ", which did not exist"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with open(data_dir / ".cifar-100.lock", "w") as lock:
@@ -517,49 +479,38 @@ def fetch(url: str, data_dir: Path, attempts: int = 5) -> Path:
                     time.sleep(0.1)
             if found := find(data_dir):
                 return found
-            log.info(f"download   {url} to {data_dir.resolve()}{is_new}")
-            was_begun = partial.exists()
-            md5 = _transfer_with_retries(url, partial, attempts)
-            # What was there before was perhaps a part of another file: start afresh, once.
-            if md5 not in names and was_begun:
-                md5 = _transfer_with_retries(url, partial, attempts)
-            if md5 not in names:
-                raise UserError(_ways_out(data_dir, f"what {url} sent, md5 {md5}, is not official"))
-            return partial.replace(data_dir / names[md5])
+            log.info(f"download   {url} to {data_dir.resolve()}")
+            # What is there may be a part of another file: then start afresh, once.
+            for _ in range(2 if partial.exists() else 1):
+                _complete(partial, url)
+                md5 = calculate_md5(partial)
+                if md5 in names:
+                    return partial.replace(data_dir / names[md5])
+                partial.unlink()
+            raise OSError(f"its md5 sum, {md5}, is not official")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(_ways_out(data_dir, f"downloading {url} failed: {error}")) from error
 
 
-def _transfer_with_retries(url: str, partial: Path, attempts: int) -> str:
-    """Complete `partial` and return its md5; it is deleted if that is no official archive's."""
-    for attempt in range(attempts):
+def _complete(partial: Path, url: str) -> None:
+    """Transfer what `partial` lacks; a broken connection, or a busy server, is tried again."""
+    for attempt in range(5):
         try:
-            _transfer(url, partial)
-            break
+            return _append(partial, url)
         except (OSError, http.client.HTTPException) as error:
-            # Try again after a broken connection, and when the server is busy: 408, 429 and 5xx.
-            code = getattr(error, "code", 500)
-            if attempt + 1 == attempts or (code < 500 and code not in (408, 429)):
+            status = getattr(error, "code", 500)
+            if status == 416:  # range not satisfiable: everything is here already
+                return
+            if attempt == 4 or (status < 500 and status not in (408, 429)):
                 raise
             log.info(f"download   broke off ({error}), trying again")
             time.sleep(RETRY_SECONDS * 2**attempt)
-    md5 = calculate_md5(partial)
-    if md5 not in OFFICIAL_MD5.values():
-        partial.unlink()
-    return md5
 
 
-def _transfer(url: str, partial: Path) -> None:
-    """Append to `partial` what it lacks of the file at `url`."""
+def _append(partial: Path, url: str) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)  # seconds without a byte
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # range not satisfiable: everything is here already
-            return
-        raise
-    with response:
+    with urllib.request.urlopen(request, timeout=60) as response:  # seconds without a byte
         if response.status != 206:  # the server does not resume
             have = 0
         total = have + int(response.headers.get("Content-Length") or 0)

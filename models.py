@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from utils import DamagedFile, UserError, load_tensors, one_line
+from utils import DamagedFile, UserError, guard, load_tensors
 
 log = logging.getLogger("cifar100")
 
@@ -99,25 +99,26 @@ def resnet18(weights: str | None, num_classes: int = 100, download: bool = True)
         places = (Path(__file__).parent, Path(torch.hub.get_dir(), "checkpoints"))
         known = (place / name for place in places for name in RESNET18_FILES)
         path = Path(weights) if weights else next(filter(Path.is_file, known), None)
-        source, state = (path, None) if path else _download(download)
-        load_weights(model, source, state)
-        if path and path.name in RESNET18_FILES:
+        path = path or _download(download)
+        load_weights(model, path)
+        if path.name in RESNET18_FILES:
             # The name holds 8 digits of the SHA-256; the format has no checksum of its own.
             digest = path.stem.rpartition("-")[2]
             if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
                 log.info(f"note       {path}: not the official SHA-256; only its form is checked")
-        log.info(f"weights    {source}")
+        log.info(f"weights    {path}")
     model.fc = nn.Linear(model.fc.in_features, num_classes)
     return model
 
 
-def _download(allowed: bool) -> tuple[str, dict]:
-    """Return the address and the content of torchvision's own file; raises UserError."""
+def _download(allowed: bool) -> Path:
+    """Download torchvision's own file into torch's cache; return its path. Raises UserError."""
     official = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     reason = "--no-download forbids to fetch them"
     if allowed:
         try:
-            return official.url, official.get_state_dict(check_hash=True, weights_only=True)
+            official.get_state_dict(check_hash=True, weights_only=True)
+            return Path(torch.hub.get_dir(), "checkpoints", RESNET18_FILES[1])
         # RuntimeError: the file has another hash.
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reason = f"downloading {official.url} failed: {error}"
@@ -140,22 +141,20 @@ def describe(model: nn.Module) -> dict:
 
 def difference(state: dict, model: nn.Module) -> str:
     """Return in words where a state_dict differs from the network's in names or shapes, or ""."""
-    before, now = ({name: tuple(value.shape) for name, value in each.items()}
-                   for each in (state, model.state_dict()))
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            was, has = (f"has {name} {shapes[name]}" if name in shapes else f"has no {name}"
-                        for shapes in (before, now))
-            return f"it {was}, where this one {has}"
+    now = model.state_dict()
+    for name in {**state, **now}:
+        was, has = (f"{name} {tuple(each[name].shape)}" if name in each else f"no {name}"
+                    for each in (state, now))
+        if was != has:
+            return f"it has {was}, where this one has {has}"
     return ""
 
 
-def load_weights(model: nn.Module, path: Path | str, state: dict | None = None) -> None:
-    """Load a file's state_dict, or `state` if given, strictly; raises UserError if it misfits."""
+def load_weights(model: nn.Module, path: Path | str) -> None:
+    """Load a file's state_dict strictly; raises UserError if it is damaged or misfits."""
     try:
-        model.load_state_dict(load_tensors(path) if state is None else state)
+        state = load_tensors(path)
     except DamagedFile as error:
         raise UserError(f"{error}; get or make it again") from error
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = one_line(error)[:200]
-        raise UserError(f"{path}: weights of another network ({reason} ...)") from error
+    with guard(f"{path}: weights of another network", Exception):
+        model.load_state_dict(state)

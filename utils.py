@@ -68,7 +68,7 @@ def guard(what: str, errors: type[Exception], advice: str = "",
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"{what} ({error}){advice}", status) from error
+        raise UserError(f"{what} ({one_line(error)[:300]}){advice}", status) from error
 
 
 def one_line(text: object) -> str:
@@ -150,14 +150,14 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "batch norm cannot train on one image: try another --batch-size", USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    if _in_group() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    if not _in_group():
+        raise error
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
         # The cause stands at the end of NCCL's message.
         return f"another rank has ended ({one_line(error)[-200:]})", LEFT_ALONE
-    if _in_group():
-        # The interpreter's own end could wait forever for kernels that are under way.
-        traceback.print_exception(error)
-        return "a fault of the program; its traceback stands above", FAILED
-    raise error
+    # The interpreter's own end could wait forever for kernels that are under way.
+    traceback.print_exception(error)
+    return "a fault of the program; its traceback stands above", FAILED
 
 
 def _exit_with(message: str, status: int) -> NoReturn:
@@ -265,11 +265,7 @@ def load_tensors(path: Path | str) -> dict:
     Raises UserError if it cannot be read, and DamagedFile if it is not whole or not a plain dict.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115, failing to open is another error than to read
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from error
-    try:
-        with file, warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _check_tensors(file)
             file.seek(0)
@@ -282,7 +278,7 @@ def load_tensors(path: Path | str) -> dict:
     # A damaged file can raise anything. An OSError is about the disk, unless it is a bad sector.
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
-            raise UserError(f"{path}: cannot be read ({error})") from error
+            raise UserError(f"{path}: cannot be read ({error.strerror.lower()})") from error
         raise DamagedFile(f"{path}: not a PyTorch file, or a damaged one "
                           f"({type(error).__name__})") from error
 
@@ -329,18 +325,12 @@ def check_pickle(file: BinaryIO, allowed: re.Pattern) -> None:
             raise Refused("refused, for it is too large or too deeply nested")
 
 
-class Uint8Array:
-    """Stands in for numpy.ndarray, which a pickle can give a dtype that reads bytes as pointers."""
+class Uint8Array(np.ndarray):
+    """A pickled array; as a plain one it could be given a dtype that reads bytes as pointers."""
 
     def __setstate__(self, state: tuple) -> None:
-        _, self.shape, _, fortran_order, self.content = state
-        if fortran_order or not isinstance(self.content, (bytes, str)):
-            raise Refused("refused, for it holds an array that is not of uint8")
-
-    def numpy(self) -> np.ndarray:
-        """Return the array itself."""
-        content = self.content.encode("latin1") if isinstance(self.content, str) else self.content
-        return np.frombuffer(content, np.uint8).reshape(self.shape)
+        _, shape, _, fortran_order, content = state
+        super().__setstate__((1, shape, np.dtype(np.uint8), fortran_order, content))
 
 
 class Uint8Dtype:
@@ -361,7 +351,8 @@ class _Uint8Unpickler(pickle.Unpickler):
         if not UINT8_GLOBALS.fullmatch(f"{module} {name}"):
             raise Refused(f"refused, for it asks for {module}.{name}")
         # numpy.ndarray is only ever an argument of _reconstruct, which is not looked at.
-        return {"dtype": Uint8Dtype, "encode": self._encode}.get(name, lambda *_: Uint8Array())
+        return {"dtype": Uint8Dtype, "encode": self._encode,
+                "_reconstruct": lambda *_: Uint8Array(0, np.uint8)}.get(name)
 
     def _encode(self, text: str, _encoding: str) -> bytes:
         self.encoded += len(text)
@@ -430,9 +421,9 @@ class Runtime(NamedTuple):
         if self.compile:
             _fall_back_to_eager()
             model.compile(dynamic=False)
-            return model
-        for module, counter in counters:
-            module.num_batches_tracked = counter
+        else:
+            for module, counter in counters:
+                module.num_batches_tracked = counter
         return model
 
     def reduce(self, values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
@@ -462,20 +453,28 @@ class Runtime(NamedTuple):
             name = f"CPU, {torch.get_num_threads()} threads"
         elif self.device.type == "cuda":
             name += f" ({torch.cuda.get_device_name(self.device)})"
-        if self.ranks > 1:
-            name = f"{self.ranks} x {name}"
-        name += f", {str(self.dtype).removeprefix('torch.')}"
-        return f"{name}, compiled" if self.compile else name
+        ranks = f"{self.ranks} x " if self.ranks > 1 else ""
+        compiled = ", compiled" if self.compile else ""
+        return f"{ranks}{name}, {str(self.dtype).removeprefix('torch.')}{compiled}"
 
 
 def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
-    """Set up this process for these flags and return its Runtime; raises UserError."""
+    """Set up this process for these flags and return its Runtime; raises UserError.
+
+    CUDA then computes the same bits each time, so that a resumed run ends as it would have.
+    """
     device = find_device(device)
     dtype = fastest_dtype(device) if precision == "auto" else PRECISIONS[precision]
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
-        compute_deterministically()
+        torch.backends.cudnn.deterministic = True
+        # cuBLAS reads it when it starts; torch asks for it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # An operation that cannot is told by a warning. Of compiled code, which chooses reductions
+        # by timing them, this makes the choice a fixed one.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")  # TF32, where the chip has it
     return Runtime(device, dtype, compile_model, *join_ranks(device))
 
@@ -486,7 +485,8 @@ def find_device(name: str) -> torch.device:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        for reason in [one_line(warning.message) for warning in told][:1]:
+        if told:
+            reason = one_line(told[0].message)
             log.info(f"note       the GPU is not used ({reason[:200]}){_remedy(reason)}")
     if name.startswith("cuda:") and launched():
         raise UserError(f"--device {name}: torchrun gives each process a GPU; say --device cuda")
@@ -511,17 +511,6 @@ def _remedy(reason: str) -> str:
     if re.search("driver.* too old|no kernel image", reason):
         return "; install a torch for CUDA 12 (README.md, 'On a GPU'), or say --device cpu"
     return ""
-
-
-def compute_deterministically() -> None:
-    """Have CUDA compute the same bits each time, so that a resumed run ends as it would have."""
-    torch.backends.cudnn.deterministic = True
-    # cuBLAS reads it when it starts; torch asks for it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # An operation that cannot is told by a warning. Of compiled code, which chooses reductions by
-    # timing them, this makes the choice a fixed one.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _fall_back_to_eager() -> None:
@@ -584,15 +573,14 @@ def _in_group() -> bool:
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """Run the block, a download of up to three hours, in rank 0 first; then in the other ranks."""
-    if not _in_group():
-        yield
-        return
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=3))
-    if process_rank() != 0:
-        dist.broadcast_object_list([None], group=group)
+    group = None
+    if _in_group():
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=3))
+    if group and process_rank():
+        dist.barrier(group)
     yield
-    if process_rank() == 0:
-        dist.broadcast_object_list([None], group=group)
+    if group and not process_rank():
+        dist.barrier(group)
 
 
 def keep_freed_memory() -> None:
