@@ -350,11 +350,13 @@ def _read_directory(path: Path) -> dict[str, bytes]:
 
 
 def _read_archive(path: Path) -> dict[str, bytes]:
-    """Return the members of interest of a .tar.gz by base name; nothing is unpacked to disk."""
+    """Return the members of interest of a .tar.gz or .tar by base name; none goes to the disk."""
     members = {}
     with guard(f"{path}: not an HDF5 file, and not a whole tar archive", Exception,
                "; if it was copied or downloaded by hand, do that again"):
-        with gzip.open(path) as file:  # which verifies its checksum at its end
+        with open(path, "rb") as file:
+            is_packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_packed else open(path, "rb") as file:  # gzip has a checksum
             content = file.read(SIZE_LIMIT + 1)
         if len(content) > SIZE_LIMIT:
             raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
@@ -468,6 +470,7 @@ def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
     """
     if not allowed:
         raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
+    is_new = "" if data_dir.exists() else ", which did not exist"
     partial = data_dir / "cifar-100.tar.gz.part"
     names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
     try:
@@ -479,7 +482,7 @@ def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
                     time.sleep(0.1)
             if found := find(data_dir):
                 return found
-            log.info(f"download   {url} to {data_dir.resolve()}")
+            log.info(f"download   {url} to {data_dir.resolve()}{is_new}")
             # What is there may be a part of another file: then start afresh, once.
             for _ in range(2 if partial.exists() else 1):
                 _complete(partial, url)

@@ -1,6 +1,7 @@
 """CIFAR-100 and pictures are found, told apart, checked and fed to the network as promised."""
 
 import functools
+import gzip
 import os
 import pickle
 import sys
@@ -37,7 +38,8 @@ def test_a_directory_that_cannot_be_searched_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout", [
     "python/directory", "python/itself", "python/archive", "python/file", "python/protocol 4",
-    "binary/directory", "binary/archive", "HDF5/uint8", "HDF5/float32", "HDF5/float64",
+    "binary/directory", "binary/archive", "binary/unpacked",
+    "HDF5/uint8", "HDF5/float32", "HDF5/float64",
 ])
 def test_every_format_is_told_apart_and_reads_equal(tmp_path, arrays, layout):
     kind, form = layout.split("/")
@@ -54,6 +56,11 @@ def test_every_format_is_told_apart_and_reads_equal(tmp_path, arrays, layout):
             pack(written, tmp_path / f"cifar-100-{kind}.tar.gz")
         elif form == "file":
             data_dir = pack(written, tmp_path / "mine.tar.gz")
+        elif form == "unpacked":  # as some browsers do with what they download
+            packed = pack(written, tmp_path / "cifar.tar.gz")
+            data_dir = tmp_path / "cifar-100-binary.tar"
+            data_dir.write_bytes(gzip.decompress(packed.read_bytes()))
+            packed.unlink()
         elif form == "itself":
             data_dir = written
         else:

@@ -54,6 +54,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def test_a_directory_that_did_not_exist_is_told_before_a_byte_is_fetched(tmp_path, caplog):
+    """The path may be mistyped."""
+    caplog.set_level("INFO")
+    with pytest.raises(UserError):
+        data.load("cifar100", tmp_path / "typo", "file:///nowhere/cifar-100-python.tar.gz")
+    assert f"to {tmp_path / 'typo'}, which did not exist" in caplog.messages[0]
+
+
 @pytest.fixture
 def archive(tmp_path, arrays, monkeypatch):
     """The content of an archive that the code takes for the official one."""
