@@ -99,8 +99,10 @@ def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
 def hold_out(dataset: Dataset, count: int) -> Dataset:
     """Move the last `count` training images into `val`, as many of each class; 0 moves none.
 
-    Raises UserError if `count` is not a multiple of the classes or leaves one without images.
+    Raises UserError if `count` is not a multiple of the classes or leaves one without images, or
+    if the set is not what `check` asks for.
     """
+    check(dataset)
     if not count:
         return dataset
     images, labels = dataset.train
@@ -115,6 +117,21 @@ def hold_out(dataset: Dataset, count: int) -> Dataset:
         held[(labels == label).nonzero()[-per_class:]] = True
     return dataset._replace(train=Split(images[~held], labels[~held]),
                             val=Split(images[held], labels[held]))
+
+
+def check(dataset: Dataset) -> None:
+    """Raise UserError unless the splits are as `Split` says, with a name for every label."""
+    for name, (images, labels) in {"train": dataset.train, **dataset.evaluated()}.items():
+        where = f"the {name} set of {dataset.name}"
+        if not (isinstance(images, Tensor) and images.dtype == torch.uint8
+                and images.shape[1:] == (3, 32, 32) and len(images)):
+            raise UserError(f"{where}: its images must be a uint8 tensor (N, 3, 32, 32) of 0..255")
+        if not (isinstance(labels, Tensor) and labels.dtype == torch.int64
+                and labels.shape == images.shape[:1]):
+            raise UserError(f"{where}: its labels must be an int64 tensor ({len(images)},)")
+        if not 0 <= labels.min() <= labels.max() < len(dataset.class_names):
+            raise UserError(f"{where}: its labels span {labels.min()}..{labels.max()}, and there "
+                            f"are names of {len(dataset.class_names)} classes")
 
 
 def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:

@@ -154,14 +154,14 @@ class Parser(argparse.ArgumentParser):
 
     def _flags_of_model(self, args: argparse.Namespace) -> list[str]:
         """Return the flags of the recipe by which the model in --output-dir was trained."""
-        self.set_defaults(class_names=data.CLASS_NAMES)
+        self.set_defaults(trained={})
         try:
             config = report.read_config(args.output_dir)
         except UserError:
             return []
         if config["script"] != Path(sys.argv[0]).stem:
             raise UserError(f"{args.output_dir}: a run of {config['script']}.py; use that script")
-        self.set_defaults(class_names=config.get("classes", data.CLASS_NAMES))
+        self.set_defaults(trained=config)
         flags = []
         for name in self.recipe_names:
             value = config["settings"].get(name)
@@ -186,7 +186,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     # A finished run whose checkpoint is gone cannot be resumed, and is not replaced unasked.
     lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
     if held and (lost or not (args.resume or args.overwrite)):
-        ways = utils.wording("--overwrite replaces it, --resume goes on from its checkpoint.pt, "
+        ways = utils.wording("--overwrite replaces it, --resume goes on with it, "
                              "--output-dir names another place", f"no checkpoint: {ELSEWHERE[1]}")
         raise UserError(f"{path}: already holds a run ({', '.join(held)}); {ways}")
 
@@ -371,14 +371,15 @@ class Run:
         if machine != f"{self.runtime}, torch {torch.__version__}":
             log.info(f"note       {path} comes from {machine}: the end will not be the same bits")
         code, before = self.config["code"], state.get("code")
-        if before and before["modules"].endswith(code["modules"]):
+        note = report.code_has_changed(before, code)
+        if not note or self.epoch == self.epochs:
             self.config["code"] = before
             return
-        log.info(f"note       the code has changed since this run began: it was "
-                 f"{report.name_of_code(before)}, and is {report.name_of_code(code)}")
+        log.info(note)
         # From now on the run is of neither.
         modules = f"{before['modules'] if before else 'unknown'} then {code['modules']}"
         self.config["code"] = {**code, "changed": True, "modules": modules}
+        self.config["in_words"]["code"] = f"changed while it was trained: {modules}"
         self._write_config()
 
     def _use_checkpoint(self, path: Path, state: dict) -> None:
@@ -516,6 +517,13 @@ class Run:
                          f"{newest} holds, if it is there", utils.FAILED):
             self.save()
         raise UserError(f"{where}, saved in {newest}; {again}", utils.STOPPED)
+
+    def check_outputs(self, logits: Tensor) -> None:
+        """Raise UserError unless there is an output (B, C) for each of the classes."""
+        classes = len(self.dataset.class_names)
+        if logits.ndim != 2 or logits.shape[1] != classes:
+            raise UserError(f"the network's outputs are {tuple(logits.shape)}, and must be "
+                            f"({len(logits)}, {classes}), for there are {classes} classes")
 
     def check_gradients(self) -> None:
         """In the first step of each start, name the weights that no gradient reaches."""
@@ -658,7 +666,7 @@ def describe_run(run: Run) -> dict:
                 for name, value in vars(run.args).items() if name != "recipe"}
     settings["precision"] = runtime.precision
     code, words = report.describe_code(), report.in_words(runtime, dataset, run.model)
-    words["code"] = report.name_of_code(code)
+    words["code"] = report.name_of_code(code).removeprefix("code ")
     words["recipe"] = ", ".join(
         f"{name.replace('_', ' ')} {settings[name]}" for name in (*recipe, "weights")
         if settings.get(name) is not None and settings[name] is not False)
@@ -678,8 +686,9 @@ def recipe_in_words(run: Run) -> dict[str, str]:
     groups = []
     for group in run.optimizer.param_groups:
         weights = sum(parameter.numel() for parameter in group["params"])
-        rate = group.get("max_lr", group["lr"])
-        groups.append(f"{weights:,} weights at rate {rate:g}, decay {group['weight_decay']:g}")
+        kind, rate = group.get("kind", "SGD"), group.get("max_lr", group["lr"])
+        groups.append(f"{kind} of {weights:,} weights at rate {rate:g}, decay "
+                      f"{group['weight_decay']:g}")
     sizes = []
     for size in dict.fromkeys(run.sizes):
         first, count = run.sizes.index(size) + 1, run.sizes.count(size)
@@ -687,7 +696,7 @@ def recipe_in_words(run: Run) -> dict[str, str]:
     changes = ["crop", "flip"]
     if run.augmentation:
         changes.append(getattr(run.augmentation, "__name__", "AUGMENT"))
-    return {"optimizer": f"{type(run.optimizer).__name__}: {'; '.join(groups)}",
+    return {"optimizer": "; ".join(groups),
             "steps": f"{run.total_steps:,}, {run.steps_per_epoch:,} an epoch",
             "images": f"{', '.join(sizes)}; random {', '.join(changes)}",
             "output": str(run.output_dir)}
@@ -732,6 +741,7 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> repo
         images, labels = run.augment(images, labels)
         with run.runtime.autocast():
             logits = run.network(images).float()  # (B, classes)
+        run.check_outputs(logits)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         run.optimizer.zero_grad()
         run.scaler.scale(loss * weight).backward()
@@ -791,11 +801,15 @@ def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime,
     runtime = runtime._replace(compile=False)  # which takes longer than one pass over the images
     model = runtime.place(model)
     models.load_weights(model, args.output_dir / "model.pt")
+    note = report.code_has_changed(args.trained.get("code"), report.describe_code())
+    if note and args.trained and not runtime.rank:
+        print(note, file=sys.stderr)  # predictions go to stdout
     if args.predict:
         images, files = data.pictures(args.predict)
         split = data.Split(images, torch.zeros(len(images), dtype=torch.int64))  # labels not read
     else:
         dataset = load_data(args)
+        data.check(dataset)
         report.print_words(report.in_words(runtime, dataset, model))
         split = dataset.test
     batches = data.Batches(split, batch_size, stats, runtime, size)
@@ -803,6 +817,6 @@ def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime,
     if runtime.rank:
         return
     if args.predict:
-        report.print_predictions(logits, args.class_names, files)
+        report.print_predictions(logits, args.trained.get("classes", data.CLASS_NAMES), files)
     else:
         report.write_test_report(logits, dataset, args.output_dir)

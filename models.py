@@ -143,6 +143,8 @@ def difference(state: dict, model: nn.Module) -> str:
     """Return in words where a state_dict differs from the network's in names or shapes, or ""."""
     now = model.state_dict()
     for name in {**state, **now}:
+        if name.endswith("num_batches_tracked"):
+            continue  # PyTorch before 0.4.1 did not count batches
         was, has = (f"{name} {tuple(each[name].shape)}" if name in each else f"no {name}"
                     for each in (state, now))
         if was != has:
@@ -157,4 +159,6 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     except DamagedFile as error:
         raise UserError(f"{error}; get or make it again") from error
     with guard(f"{path}: weights of another network", Exception):
+        if words := difference(state, model):
+            raise UserError(f"{path}: weights of another network: {words}")
         model.load_state_dict(state)

@@ -207,12 +207,12 @@ def describe_code() -> dict:
     here = Path(__file__).resolve().parent
     files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
              if getattr(module, "__file__", None)}
-    # The script itself may lie elsewhere.
-    sources = sorted({file for name, file in files.items()
-                      if file.is_file() and (file.parent == here or name == "__main__")})
+    # Those of sub-folders, too, but for an environment's; the script itself may lie elsewhere.
+    own = {file for file in files.values() if file.is_file() and file.is_relative_to(here)
+           and not {"site-packages", "dist-packages", "tests"} & set(file.parts)}
+    sources = sorted({*own, files["__main__"]} if "__main__" in files else own)
     modules = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
-    tracked = [file for file in sources if file.parent == here]
-    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *tracked]
+    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *sorted(own)]
     try:
         commit, changes = (subprocess.run(["git", "-C", here, *command], capture_output=True,
                                           check=True, text=True).stdout for command in commands)
@@ -227,6 +227,15 @@ def name_of_code(code: dict | None) -> str:
         return "unknown code"
     words = "changed code of" if code["changed"] else "code"
     return f"{words} {code['commit'][:7] or code['modules']}"
+
+
+def code_has_changed(before: dict | None, now: dict) -> str:
+    """Return the note that the code of `before`, of a run or a model, is not today's, or ""."""
+    if before and before["modules"].endswith(now["modules"]):
+        return ""
+    was, is_now = (f"{name_of_code(code)} ({code['modules']})" if code else "unknown code"
+                   for code in (before, now))
+    return f"note       the code has changed since: it was {was}, and is {is_now}"
 
 
 def read_config(directory: Path) -> dict:
@@ -502,7 +511,8 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     confusion = pairs.view(classes, classes).numpy()  # (class, class that it was taken for)
     superclasses: dict[str, list[int]] = {}  # their labels
     for label, name in enumerate(names):
-        superclasses.setdefault(SUPERCLASS_OF.get(name, "other"), []).append(label)
+        superclass = SUPERCLASS_OF.get(name, "other" if len(names) > 20 else name)
+        superclasses.setdefault(superclass, []).append(label)
     rows = [(name, *row) for name, row in zip(names, confusion.tolist(), strict=True)]
     with guard(f"{into}: the report cannot be written", OSError):
         write_text(into / "confusion.csv", csv_table(("class", *names), rows))
@@ -562,11 +572,12 @@ def _score_tables(metrics: Metrics, confusion: np.ndarray, dataset: Dataset,
         ("top-1 accuracy", "top-5 accuracy", "cross entropy", "images"),
         [(f"{metrics.accuracy:.2%}", f"{metrics.top5:.2%}", f"{metrics.loss:.3f} nats",
           f"{metrics.images:,}")])
-    text += "## Superclasses\n\n" + markdown_table(
-        ("superclass", "right class", "right superclass"),
-        [(name, _share(right[members].sum(), totals[members].sum()),
-          _share(confusion[np.ix_(members, members)].sum(), totals[members].sum()))
-         for name, members in superclasses.items()])
+    if SUPERCLASS_OF.keys() & set(names):
+        text += "## Superclasses\n\n" + markdown_table(
+            ("superclass", "right class", "right superclass"),
+            [(name, _share(right[members].sum(), totals[members].sum()),
+              _share(confusion[np.ix_(members, members)].sum(), totals[members].sum()))
+             for name, members in superclasses.items()])
     mistaken = confusion - np.diag(right)
     classes = []
     for label in (right / np.maximum(totals, 1)).argsort(kind="stable"):

@@ -79,7 +79,8 @@ class Muon(torch.optim.SGD):
             if "muon" in group:
                 weights = [weight for weight in group["params"]
                            if weight.grad is not None and weight.numel()]
-                self._orthogonalize_gradients(weights, group["muon"])
+                if weights:
+                    self._orthogonalize_gradients(weights, group["muon"])
         super().step()
 
     def _orthogonalize_gradients(self, weights: list[Tensor], momentum: float) -> None:
@@ -151,8 +152,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Ru
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         others = matrices if parameter.ndim > 1 else vectors
         (convolutions if parameter in kernels else others).append(parameter)
-    sgd = {"lr": OTHER_LR, "momentum": MOMENTUM, "nesterov": True}
-    muon = {"muon": MOMENTUM, "lr": args.lr, "weight_decay": args.weight_decay}
+    sgd = {"kind": "SGD", "lr": OTHER_LR, "momentum": MOMENTUM, "nesterov": True}
+    muon = {"muon": MOMENTUM, "kind": "Muon", "lr": args.lr, "weight_decay": args.weight_decay}
     groups = [{"params": convolutions, **muon},
               {"params": matrices, "weight_decay": HEAD_DECAY, **sgd},
               {"params": vectors, **sgd}]

@@ -98,7 +98,7 @@ def our_tasks(code: SimpleNamespace, name: str, flags: list[str], images: data.S
     small, full = SIZES[name]
     batches = data.Batches(images, args.batch_size, script.STATS, runtime)
     tested = data.Batches(images, script.EVAL_BATCH, script.STATS, runtime, full)
-    dataset = data.Dataset("random", images, images, (), "")
+    dataset = data.Dataset("random", images, images, data.CLASS_NAMES, "")
 
     def train(size: int, n: int) -> None:
         # One epoch of n steps of a run that is not started, so it writes no file.

@@ -3,13 +3,17 @@
 import json
 import logging
 import subprocess
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
-from helpers import script
+from helpers import ROOT, script
 from test_engine import begin, make_optimizer
 from torch import nn
 
+import data
 import engine
 import models
 import report
@@ -71,6 +75,33 @@ def test_all_weights_of_a_network_of_ones_own_are_trained(start, name, pad, capl
     assert all(value.isfinite().all() for value in run.model.state_dict().values())
     notes = [line for line in caplog.messages if "no gradient" in line]
     assert notes == ["note       no gradient reaches unused.weight, unused.bias: untrained"]
+
+
+def test_part_1_trains_a_network_without_convolutions(start):
+    run, batches = start(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 100)))
+    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    assert run.position.train_seconds
+
+
+def test_a_network_with_another_number_of_outputs_is_named(start):
+    run, batches = start(models.ResNet(10))
+    with pytest.raises(utils.UserError, match=r"outputs are \(10, 10\), and must be \(10, 100\)"):
+        engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"images": torch.rand(20, 3, 32, 32)}, "images must be a uint8 tensor"),
+    ({"images": torch.zeros(20, 32, 32, 3, dtype=torch.uint8)}, "images must be a uint8 tensor"),
+    ({"images": np.zeros((20, 3, 32, 32), np.uint8)}, "images must be a uint8 tensor"),
+    ({"labels": torch.zeros(19, dtype=torch.int64)}, r"labels must be an int64 tensor \(20,\)"),
+    ({"labels": torch.zeros(20, dtype=torch.int32)}, r"labels must be an int64 tensor \(20,\)"),
+    ({"labels": torch.full((20,), 3)}, r"labels span 3\.\.3, and there are names of 3 classes"),
+])
+def test_images_of_ones_own_that_are_not_as_they_must_be_are_named(change, says):
+    right = data.Split(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 3)
+    data.check(data.Dataset("mine", right, right, ("a", "b", "c"), "here"))
+    with pytest.raises(utils.UserError, match=f"the test set of mine: its {says}"):
+        data.hold_out(data.Dataset("mine", right, right._replace(**change), ("a", "b", "c"), ""), 0)
 
 
 def test_part_1_trains_convolutions_by_muon_matrices_with_decay_and_the_rest_without(start):
@@ -194,12 +225,28 @@ def test_a_resumed_run_says_that_the_code_has_changed(stopped):
     torch.save(state, directory / "checkpoint.pt")
     process = script("train_resnet", *flags)
     assert process.returncode == 0
-    assert "the code has changed since this run began: it was code 0123456789ab, and is " \
+    assert "the code has changed since: it was code 0123456789ab (0123456789ab), and is " \
         in process.stdout
     config = json.loads((directory / "config.json").read_text())
     assert config["code"]["changed"] and config["code"]["modules"].startswith("0123456789ab then ")
     again = script("train_resnet", *flags)
     assert again.returncode == 0 and "the code has changed" not in again.stdout, "it was told once"
+
+
+def test_a_finished_run_is_of_the_code_that_finished_it(stopped):
+    flags, directory = stopped
+    before = (directory / "config.json").read_text()
+    state = utils.load_tensors(directory / "checkpoint.pt")
+    state["code"] = {"commit": "", "changed": False, "modules": "0123456789ab"}
+    torch.save(state, directory / "checkpoint.pt")
+    assert script("train_resnet", *flags).returncode == 0
+    assert (directory / "config.json").read_text() == before
+    config = json.loads(before)
+    config["code"] = state["code"]
+    (directory / "config.json").write_text(json.dumps(config))
+    tested = script("train_resnet", "--eval-only", "--device", "cpu", "--data-dir",
+                    config["settings"]["data_dir"], "--output-dir", directory)
+    assert tested.returncode == 0 and tested.stderr.startswith("note       the code has changed")
 
 
 def test_the_identity_of_the_code(monkeypatch, tmp_path):
@@ -220,8 +267,13 @@ def test_the_identity_of_the_code(monkeypatch, tmp_path):
     without = report.describe_code()
     assert without == {"commit": "", "changed": False, "modules": clean["modules"]}
     assert report.name_of_code(without) == f"code {clean['modules']}"
-    monkeypatch.setattr(models, "__file__", __file__)
+    monkeypatch.setattr(models, "__file__", str(ROOT / "no such file"))
     assert report.describe_code()["modules"] != clean["modules"]
+    own = types.ModuleType("nets.own")
+    own.__file__ = str(ROOT / ".ci" / "run")  # any file of a folder
+    changed = report.describe_code()["modules"]
+    monkeypatch.setitem(sys.modules, "nets.own", own)
+    assert report.describe_code()["modules"] != changed, "modules of folders count"
 
 
 def test_a_log_tells_the_time_left_once_and_before_the_first_epoch_ends(start, caplog, monkeypatch):

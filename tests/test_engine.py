@@ -42,7 +42,8 @@ def begin(args, runtime, steps, model, optimizer, sizes) -> tuple[engine.Run, da
     """Start a run of epochs of so many steps of 10 images; return it and its batches."""
     images = torch.zeros(10 * steps, 3, 32, 32, dtype=torch.uint8)
     split = data.Split(images, torch.arange(10 * steps) % 100)
-    run = engine.Run(args, runtime, data.Dataset("none", split, split, (), ""), 60, steps)
+    dataset = data.Dataset("none", split, split, data.CLASS_NAMES, "")
+    run = engine.Run(args, runtime, dataset, 60, steps)
     run.start(model, optimizer, engine.one_cycle(optimizer, run.total_steps), sizes)
     return run, data.Batches(split, 10, data.CIFAR100_STATS, runtime)
 
