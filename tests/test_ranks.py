@@ -190,7 +190,7 @@ def test_a_run_of_one_process_goes_on_in_two(tmp_path, small):
     flags = ["train_resnet", *small, "--resume", "--output-dir", tmp_path]
     assert script(*flags, "--max-minutes", 0.001).returncode == utils.STOPPED
     stdout, _ = in_two_ranks(*flags)
-    says = r"note .* comes from CPU.*: the end will not be the same bits\nresume     after 0 epochs"
+    says = r"resume     after 0 epochs.*\nnote .* comes from CPU.*the end will not be the same bits"
     assert re.search(says, stdout) and "final test accuracy" in stdout
 
 

@@ -270,7 +270,7 @@ def test_an_output_directory_that_vanishes_does_not_stop_the_training(whole, tmp
     assert (process.returncode, process.stderr.count("\n")) == (1, 1)
     assert f"{output_dir}: not all is written" in process.stderr
     assert not output_dir.exists()
-    assert set(contents(tmp_path / "away")) == {".lock", "config.json"}
+    assert set(contents(tmp_path / "away")) == {".lock", "config.json", "log.txt"}
 
 
 def test_a_table_that_cannot_be_written_does_not_make_the_checkpoint_unsaved(whole, tmp_path):
