@@ -350,6 +350,7 @@ class Run:
             report.print_words(self.config["in_words"])
             position = self.position
             utils.keep_log(self.output_dir / "log.txt", position.log_bytes, position.unprinted)
+            position.unprinted = ""
             self._tell_of_resumption(*found)
             return found[1]
         for name in (*RUN_FILES, *report.RUN_REPORTS, *report.TEST_REPORTS):
@@ -620,11 +621,11 @@ class Run:
         """Write checkpoint.pt and metrics.csv; raises OSError if there is no new checkpoint."""
         began, printed = time.monotonic(), self.output_dir / "log.txt"
         self.position.seconds += self.clock.lap()
-        self.position.log_bytes = printed.stat().st_size if printed.exists() else 0
         self.check_finite()
         state = self.state_dict()
         self.clock.saved, self.unsaved = began, True
         if self.runtime.rank == 0:
+            state["position"]["log_bytes"] = printed.stat().st_size if printed.exists() else 0
             self.checkpoints.save(state)
             try:
                 report.write_metrics(self.output_dir, self.position.history)

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,20 @@ def test_soft_labels_are_trained_on_and_counted_by_their_likeliest_class(start):
     expected = nn.functional.cross_entropy(5 * soft, soft, label_smoothing=0.1).item()
     assert metrics.loss == pytest.approx(expected)
     assert (metrics.accuracy, metrics.images) == (1.0, 10)
+
+
+def test_a_file_that_another_rank_cannot_see_keeps_it_from_no_save(start, monkeypatch):
+    """Else it would leave the save before the collective calls in which the others wait for it."""
+    run, _ = start(models.ResNet())
+    run.runtime = run.runtime._replace(rank=1)
+
+    def fail(*_, **__):
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail)
+        run.save()
+    assert not run.unsaved
 
 
 def test_an_augmentation_draws_the_same_after_a_resume_and_other_numbers_in_each_step(start):

@@ -412,7 +412,7 @@ def test_a_run_that_the_code_of_before_stopped_ends_the_same(whole, stopped, tmp
     process = run.script(output_dir, before=None)
     assert (process.returncode, process.stderr) == (0, "")
     assert "will not be the same bits" not in process.stdout
-    assert "the code has changed since this run began: it was unknown code, and" in process.stdout
+    assert "the code has changed since: it was unknown code, and" in process.stdout
     assert process.stdout.splitlines()[-1] == run.last_line
     weights, rows = run.result
     assert result(output_dir) == (weights, [
@@ -431,3 +431,13 @@ def test_two_processes_cannot_work_on_one_run(whole, stopped):
     process = whole("train_resnet").script(stopped, before=functools.partial(hold, stopped))
     assert process.returncode == 2
     assert process.stderr.endswith("another process is at work on this run\n")
+
+
+def test_log_txt_has_each_epoch_once_however_the_kills_fall(whole, tmp_path):
+    """A save within an epoch must not hold the line that the start before it has written."""
+    run = whole("train_resnet")
+    # The first start leaves the save of epoch 1's end, the second one saves again in epoch 2.
+    for batch, flags in ((4, []), (1, EVERY_STEP)):
+        process = run.script(tmp_path, *flags, before=functools.partial(at_batch, batch, kill))
+        assert process.returncode == -signal.SIGKILL
+    run.assert_same_end(run.script(tmp_path), tmp_path)
