@@ -44,16 +44,16 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".t
 
 
 class Split(NamedTuple):
-    """Images uint8 (N, 3, 32, 32), values 0..255, and labels int64 (N,), values 0..99."""
+    """Images uint8 (N, 3, 32, 32), values 0..255, and labels int64 (N,), from 0 on."""
 
     images: Tensor
     labels: Tensor
 
 
 class Dataset(NamedTuple):
-    """The splits, the 100 class names, and in words where they come from."""
+    """The splits, a name for each class, and in words where they come from."""
 
-    name: str  # "cifar100" or "synthetic"
+    name: str  # "cifar100", "synthetic", or one for the user's own images
     train: Split
     test: Split
     class_names: tuple[str, ...]
@@ -80,7 +80,7 @@ def checksum(dataset: Dataset) -> int:
     """Return the CRC-32 of all images and labels."""
     crc = 0
     for tensor in (*dataset.train, *dataset.test):
-        crc = zlib.crc32(tensor.numpy(), crc)
+        crc = zlib.crc32(tensor.contiguous().numpy(), crc)
     return crc
 
 

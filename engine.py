@@ -146,30 +146,27 @@ class Parser(argparse.ArgumentParser):
         # A finished model is used as it was trained, unless the command says otherwise.
         if args.eval_only or args.predict:
             try:
-                args = self.parse_args([*self._flags_of_model(args), *sys.argv[1:]])
+                self._use_recipe_of_model(args)
+                args = self.parse_args()
             except UserError as error:
                 raise UserError(f"{args.output_dir / 'config.json'}: {error}") from error
         args.recipe = self.recipe_names
         return args
 
-    def _flags_of_model(self, args: argparse.Namespace) -> list[str]:
-        """Return the flags of the recipe by which the model in --output-dir was trained."""
+    def _use_recipe_of_model(self, args: argparse.Namespace) -> None:
+        """Have the flags of the recipe default to those that trained the model in --output-dir."""
         self.set_defaults(trained={})
         try:
             config = report.read_config(args.output_dir)
         except UserError:
-            return []
+            return
         if config["script"] != Path(sys.argv[0]).stem:
             raise UserError(f"{args.output_dir}: a run of {config['script']}.py; use that script")
-        self.set_defaults(trained=config)
-        flags = []
-        for name in self.recipe_names:
-            value = config["settings"].get(name)
-            # This machine may compute in another precision.
-            if value is not None and value is not False and name != "precision":
-                flag = f"--{name.replace('_', '-')}"
-                flags.append(flag if value is True else f"{flag}={value}")
-        return flags
+        # This machine may compute in another precision. A number is checked if it is a text.
+        recipe = {name: str(value) if type(value) in (int, float) else value
+                  for name, value in config["settings"].items()
+                  if name in self.recipe_names and name != "precision"}
+        self.set_defaults(**recipe, trained=config)
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -450,7 +447,8 @@ class Run:
         if not self.augmentation:
             return images, labels
         step = self.epoch * self.steps_per_epoch + self.step
-        self.generator.manual_seed(data.epoch_seed(self.args.seed, step, self.runtime.rank))
+        # Not the seed of an epoch's order: of numbers that end in 0 the 0 counts for nothing.
+        self.generator.manual_seed(data.epoch_seed(self.args.seed, step, self.runtime.rank + 1))
         return self.augmentation(images, labels, self.generator)
 
     def rank_seed(self) -> int:

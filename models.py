@@ -132,8 +132,9 @@ def describe(model: nn.Module) -> dict:
     layers = []
     for name, layer in model.named_children():
         kind = type(layer).__name__
-        if isinstance(layer, nn.Sequential):
-            kind = f"{len(layer)} x {type(layer[0]).__name__}"
+        parts = {type(part).__name__ for part in layer.children()}
+        if isinstance(layer, nn.Sequential) and len(parts) == 1:
+            kind = f"{len(layer)} x {parts.pop()}"
         layers.append([name, kind, sum(p.numel() for p in layer.parameters())])
     total = sum(p.numel() for p in model.parameters())
     return {"name": type(model).__name__, "parameters": total, "layers": layers}

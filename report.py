@@ -54,9 +54,14 @@ class Metrics(NamedTuple):
     images: int
 
 
+def top5(logits: Tensor) -> torch.return_types.topk:
+    """Return the five largest of each row and their places, or all if there are fewer."""
+    return logits.topk(min(5, logits.shape[1]))
+
+
 def score(logits: Tensor, labels: Tensor) -> Metrics:
     """Return what logits (N, C) are worth for labels int64 (N,), computed in float64."""
-    hits = logits.topk(5).indices == labels[:, None]  # (N, 5)
+    hits = top5(logits).indices == labels[:, None]  # (N, 5)
     loss = F.cross_entropy(logits.double(), labels).item()
     return Metrics(loss, hits[:, 0].double().mean().item(),
                    hits.any(1).double().mean().item(), len(labels))
@@ -138,8 +143,8 @@ def files_line(directory: Path, names: Iterable[str]) -> str:
 def print_predictions(logits: Tensor, class_names: Sequence[str], files: list[Path]) -> None:
     """Print each file's five likeliest classes by logits (N, classes); as CSV but on a terminal."""
     rows = []
-    for file, shares in zip(files, logits.softmax(1), strict=True):
-        for rank, (share, label) in enumerate(zip(*shares.topk(5), strict=True), 1):
+    for file, shares, labels in zip(files, *top5(logits.softmax(1)), strict=True):
+        for rank, (share, label) in enumerate(zip(shares, labels, strict=True), 1):
             rows.append((str(file), rank, class_names[label], share.item()))
     if sys.stdout and sys.stdout.isatty():
         width = max(len(name) for name, *_ in rows)
@@ -209,7 +214,8 @@ def describe_code() -> dict:
              if getattr(module, "__file__", None)}
     # Those of sub-folders, too, but for an environment's; the script itself may lie elsewhere.
     own = {file for file in files.values() if file.is_file() and file.is_relative_to(here)
-           and not {"site-packages", "dist-packages", "tests"} & set(file.parts)}
+           and not {"site-packages", "dist-packages", "tests"}
+           & set(file.relative_to(here).parts)}
     sources = sorted({*own, files["__main__"]} if "__main__" in files else own)
     modules = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *sorted(own)]
@@ -504,8 +510,8 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     metrics = score(logits, labels)
     log.info(f"test loss {metrics.loss:.3f} acc {metrics.accuracy:6.2%} top5 {metrics.top5:6.2%}  "
              f"({metrics.images:,} {dataset.name} images)")
-    # topk, not argmax, breaks ties as `score` does: logits computed in bf16 hold some.
-    taken, confidence = logits.topk(5).indices[:, 0], logits.softmax(1).amax(1)
+    # Not argmax: this breaks ties as `score` does: logits computed in bf16 hold some.
+    taken, confidence = top5(logits).indices[:, 0], logits.softmax(1).amax(1)
     classes = logits.shape[1]
     pairs = torch.bincount(labels * classes + taken, minlength=classes**2)
     confusion = pairs.view(classes, classes).numpy()  # (class, class that it was taken for)

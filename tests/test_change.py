@@ -1,10 +1,13 @@
 """Networks, augmentations and flags of one's own work, and nothing about a run stays silent."""
 
+import argparse
+import importlib
 import json
 import logging
 import subprocess
 import sys
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +108,68 @@ def test_images_of_ones_own_that_are_not_as_they_must_be_are_named(change, says)
         data.hold_out(data.Dataset("mine", right, right._replace(**change), ("a", "b", "c"), ""), 0)
 
 
+def test_images_of_ones_own_may_have_two_classes_and_come_as_numpy_lays_them_out(start, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    split = data.Split(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(20) % 2)
+    dataset = data.hold_out(data.Dataset("mine", split, split, ("a", "b"), "here"), 0)
+    run, _ = start(models.ResNet(2))
+    run.dataset = dataset
+    assert engine.describe_run(run)["data"] == zlib.crc32(
+        split.labels.numpy(), zlib.crc32(pixels.transpose(0, 3, 1, 2).copy(), zlib.crc32(
+            split.labels.numpy(), zlib.crc32(pixels.transpose(0, 3, 1, 2).copy()))))
+    logits = torch.tensor([[0.0, 1.0]]).repeat(20, 1)
+    metrics = report.score(logits, split.labels)
+    assert (metrics.accuracy, metrics.top5) == (0.5, 1.0)
+    report.write_test_report(logits, dataset, tmp_path)
+    report.print_predictions(logits[:1], ("a", "b"), [Path("x.png")])
+
+
+def test_the_layers_of_a_network_are_named_by_what_they_hold():
+    model = nn.ModuleDict({"empty": nn.Sequential(), "mixed": nn.Sequential(nn.Linear(2, 1),
+                           nn.ReLU()), "same": nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))})
+    assert models.describe(model)["layers"] == [
+        ["empty", "Sequential", 0], ["mixed", "Sequential", 3], ["same", "2 x Linear", 5]]
+
+
+def test_muon_pads_to_weights_whose_first_gradient_comes_late():
+    script = importlib.import_module("train_resnet")
+    for late in (8, 3):
+        ends = []
+        for pad in (False, True):
+            torch.manual_seed(0)
+            weights = [nn.Parameter(torch.randn(8, width, 3, 3)) for width in (4, 2, late)]
+            optimizer = script.Muon([{"params": weights, "muon": 0.9, "lr": 0.1}],
+                                    torch.float32, pad)
+            for trained in (weights[:2], weights):
+                for weight in trained:
+                    weight.grad = torch.randn_like(weight)
+                optimizer.step()
+            ends.append(weights)
+        torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_is_used_with_the_recipe_of_its_run_whatever_its_kind(tmp_path, monkeypatch):
+    settings = {"norm": False, "wide": True, "widths": [8, 16], "lr": 0.5, "precision": "fp32"}
+    (tmp_path / "config.json").write_text(json.dumps({"script": "own", "settings": settings}))
+    (tmp_path / "model.pt").touch()
+
+    def read(*flags):
+        monkeypatch.setattr(sys, "argv", ["own.py", "--output-dir", str(tmp_path), *flags])
+        parser = engine.Parser("Own.\n\n", "output")
+        parser.add_recipe("--norm", action=argparse.BooleanOptionalAction, default=True)
+        parser.add_recipe("--wide", action="store_true")
+        parser.add_recipe("--widths", type=int, nargs="+", default=[4])
+        parser.add_recipe("--lr", type=float, default=0.1)
+        parser.add_recipe("--precision", default="auto")
+        return vars(parser.read())
+
+    expected = {**settings, "precision": "auto"}
+    assert read("--eval-only").items() >= expected.items()
+    assert read("--eval-only", "--norm", "--lr", "1").items() >= {
+        **expected, "norm": True, "lr": 1.0}.items()
+    assert read("--overwrite")["norm"]
+
+
 def test_part_1_trains_convolutions_by_muon_matrices_with_decay_and_the_rest_without(start):
     run, _ = start(Own())
     names = {id(parameter): name for name, parameter in run.model.named_parameters()}
@@ -185,6 +250,9 @@ def test_an_augmentation_draws_the_same_after_a_resume_and_other_numbers_in_each
         run.position, run.runtime = position, run.runtime._replace(rank=rank)
         drawn.append(run.augment(images, labels)[0])
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    run.position, run.runtime = engine.Position(), run.runtime._replace(rank=0)
+    run.augment(images, labels)
+    assert run.generator.initial_seed() != data.epoch_seed(run.args.seed, 0), "the order's"
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +357,20 @@ def test_the_identity_of_the_code(monkeypatch, tmp_path):
     changed = report.describe_code()["modules"]
     monkeypatch.setitem(sys.modules, "nets.own", own)
     assert report.describe_code()["modules"] != changed, "modules of folders count"
+
+
+def test_the_identity_does_not_depend_on_where_the_project_lies(monkeypatch, tmp_path):
+    here = tmp_path / "tests"
+    here.mkdir()
+    own = types.ModuleType("own")
+    own.__file__ = str(here / "own.py")
+    monkeypatch.setattr(report, "__file__", str(here / "report.py"))
+    monkeypatch.setitem(sys.modules, "own", own)
+    hashes = set()
+    for text in ("a = 1", "a = 2"):
+        (here / "own.py").write_text(text)
+        hashes.add(report.describe_code()["modules"])
+    assert len(hashes) == 2
 
 
 def test_a_log_tells_the_time_left_once_and_before_the_first_epoch_ends(start, caplog, monkeypatch):
