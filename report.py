@@ -304,20 +304,25 @@ def write_run_report(directory: Path, history: list[dict]) -> None:
     """Write report.md and curves.png into a run's directory; raises OSError."""
     try:
         record = RunRecord(directory, read_config(directory), history)
+        config, groups, words = record.config, group_runs([record]), record.config["in_words"]
     except UserError as error:
         log.info(f"warning    no report: {error}")
         return
-    config, last, network = record.config, history[-1], record.config["network"]
+    except KeyError as error:
+        path = directory / "config.json"
+        log.info(f"warning    no report: {path} is of older code, and lacks {error}")
+        return
+    last, network = history[-1], config["network"]
     images = "CIFAR-100" if config["dataset"] == "cifar100" else f"{config['dataset']} images"
     layers = [*network["layers"], ("all", network["name"], network["parameters"])]
     report, picture = (directory / name for name in RUN_REPORTS)
     write_text(report, "".join([
         f"# {network['name']} on {images}: {last['test_acc']:.2%} after epoch {last['epoch']:.0f}",
         f"\n\n{NUMBERS_NOTE}", markdown_table(SUMMARY, [_summary(record)]),
-        write_picture(picture, "## Curves", draw_curves, group_runs([record])),
+        write_picture(picture, "## Curves", draw_curves, groups),
         "## Network\n\n", markdown_table(("layer", "kind", "parameters"), [
             (*layer, f"{count:,}") for *layer, count in layers]),
-        "## Recipe\n\n", markdown_table(("", ""), config["in_words"].items()),
+        "## Recipe\n\n", markdown_table(("", ""), words.items()),
         "## Environment\n\n", markdown_table(("", ""), [
             (name, config[name]) for name in ("runtime", "torch", "python", "system")])]))
 

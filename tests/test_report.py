@@ -161,6 +161,19 @@ def test_a_run_whose_config_is_gone_has_no_report_but_a_line(tmp_path, caplog):
     assert not (tmp_path / "run" / "report.md").exists()
 
 
+@pytest.mark.parametrize("lacks", KNOWN)
+def test_a_finished_run_of_older_code_has_no_report_but_a_line(tmp_path, caplog, lacks):
+    """Resumed, it is not trained, and its config.json stays as it was."""
+    made_up_run(tmp_path / "run")
+    history = report.read_run(tmp_path / "run").history
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config[lacks]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with caplog.at_level("INFO", "cifar100"):
+        report.write_run_report(tmp_path / "run", history)
+    assert re.match(rf"warning +no report: .*config\.json .* lacks '{lacks}'$", *caplog.messages)
+
+
 def test_curves_show_the_numbers_of_a_run_in_three_panels(tmp_path, drawn):
     numbers = made_up_run(tmp_path / "run")
     report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
