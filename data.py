@@ -103,6 +103,8 @@ def hold_out(dataset: Dataset, count: int) -> Dataset:
     if the set is not what `check` asks for.
     """
     check(dataset)
+    if count and dataset.val:
+        raise UserError(f"--val-size {count}: {dataset.name} has a validation set of its own")
     if not count:
         return dataset
     images, labels = dataset.train

@@ -47,7 +47,7 @@ ORIGIN = ("script", "settings", "torch", "runtime", "data", "network", "code")
 TRAINED = ("model", "optimizer", "scheduler", "scaler")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
-DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", None))  # Windows may lack quotas
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows may lack quotas
 # What helps by hand, and in a job, whose file passes --resume, and --output-dir from OUTPUT=.
 AGAIN = "the same command with --resume", "the job, started again,"
 AFRESH = "--overwrite", "another OUTPUT="
@@ -517,13 +517,6 @@ class Run:
             self.save()
         raise UserError(f"{where}, saved in {newest}; {again}", utils.STOPPED)
 
-    def check_outputs(self, logits: Tensor) -> None:
-        """Raise UserError unless there is an output (B, C) for each of the classes."""
-        classes = len(self.dataset.class_names)
-        if logits.ndim != 2 or logits.shape[1] != classes:
-            raise UserError(f"the network's outputs are {tuple(logits.shape)}, and must be "
-                            f"({len(logits)}, {classes}), for there are {classes} classes")
-
     def check_gradients(self) -> None:
         """In the first step of each start, name the weights that no gradient reaches."""
         if self.clock.progressed:
@@ -534,7 +527,7 @@ class Run:
             raise UserError(f"no gradient reaches {', '.join(unused)}: the processes of torchrun "
                             "must share all; remove them, or set requires_grad = False")
         if unused:
-            log.info(f"note       no gradient reaches {', '.join(unused)}: untrained")
+            log.info(f"note       no gradient reaches {', '.join(unused)} in the first step")
 
     def check_finite(self) -> None:
         """Raise UserError if a loss of this epoch was NaN or infinite; all ranks must call it."""
@@ -710,6 +703,14 @@ def check_groups(model: nn.Module, groups: list[dict]) -> None:
                             "one: see make_optimizer")
 
 
+def check_outputs(logits: Tensor, dataset: data.Dataset) -> None:
+    """Raise UserError unless there is an output (B, C) for each of the classes."""
+    classes = len(dataset.class_names)
+    if logits.ndim != 2 or logits.shape[1] != classes:
+        raise UserError(f"the network's outputs are {tuple(logits.shape)}, and must be "
+                        f"({len(logits)}, {classes}), for there are {classes} classes")
+
+
 def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[int]:
     """Return each epoch's side of the images, in pixels: `low` in the first `fraction` of them."""
     low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
@@ -740,7 +741,7 @@ def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> repo
         images, labels = run.augment(images, labels)
         with run.runtime.autocast():
             logits = run.network(images).float()  # (B, classes)
-        run.check_outputs(logits)
+        check_outputs(logits, run.dataset)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         run.optimizer.zero_grad()
         run.scaler.scale(loss * weight).backward()
@@ -800,9 +801,6 @@ def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime,
     runtime = runtime._replace(compile=False)  # which takes longer than one pass over the images
     model = runtime.place(model)
     models.load_weights(model, args.output_dir / "model.pt")
-    note = report.code_has_changed(args.trained.get("code"), report.describe_code())
-    if note and args.trained and not runtime.rank:
-        print(note, file=sys.stderr)  # predictions go to stdout
     if args.predict:
         images, files = data.pictures(args.predict)
         split = data.Split(images, torch.zeros(len(images), dtype=torch.int64))  # labels not read
@@ -815,7 +813,11 @@ def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime,
     logits, _ = infer(model, report.progress(batches, "test", runtime), runtime)
     if runtime.rank:
         return
+    note = report.code_has_changed(args.trained.get("code"), report.describe_code())
+    if note and args.trained:
+        print(note, file=sys.stderr)  # predictions go to stdout
     if args.predict:
         report.print_predictions(logits, args.trained.get("classes", data.CLASS_NAMES), files)
     else:
+        check_outputs(logits, dataset)
         report.write_test_report(logits, dataset, args.output_dir)

@@ -67,6 +67,7 @@ class Muon(torch.optim.SGD):
     def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False):
         super().__init__(groups)
         self.dtype, self.pad = dtype, pad
+        self.zeros: dict[tuple[int, int], Tensor] = {}  # (widest, out)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -107,8 +108,9 @@ class Muon(torch.optim.SGD):
         # The columns are in the order of k, k, in, which is that of channels-last memory.
         parts = [grad.permute(2, 3, 1, 0).flatten(0, 2) for grad in grads]  # (k k in, out)
         rows, widest = len(grads[0]), max(map(len, parts))
-        zeros = parts[0].new_zeros(widest, rows)
-        padded = [(part, zeros[: widest - len(part)]) for part in parts]
+        if (widest, rows) not in self.zeros:
+            self.zeros[widest, rows] = parts[0].new_zeros(widest, rows)
+        padded = [(part, self.zeros[widest, rows][: widest - len(part)]) for part in parts]
         matrices = torch.cat([half for pair in padded for half in pair])
         matrices = matrices.view(-1, widest, rows).mT  # (N, out, widest)
         matrices = orthogonalize(matrices, self.dtype).to(grads[0].dtype)

@@ -409,10 +409,11 @@ class Runtime(NamedTuple):
     def place(self, model: nn.Module, batch_size: int = 0) -> nn.Module:
         """Move `model` to the device, and compile it in place; its state_dict stays the same.
 
-        Batch norm is of each rank's own images, if these are enough of a batch of `batch_size`.
+        Each rank normalises its own images, if its share of `batch_size` is large enough.
         """
         # In place. It waits for the device three times a layer, and the CPU does not have it.
-        if self.device.type == "cuda" and 0 < batch_size < FEW_IMAGES * self.ranks > FEW_IMAGES:
+        is_few = self.ranks > 1 and 0 < batch_size < FEW_IMAGES * self.ranks
+        if self.device.type == "cuda" and is_few:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Batch norms count their batches; on the host that launches no kernel.
         counters = [(module, module.num_batches_tracked) for module in model.modules()

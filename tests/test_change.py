@@ -78,7 +78,7 @@ def test_all_weights_of_a_network_of_ones_own_are_trained(start, name, pad, capl
     assert same == {"nothing", "frozen.weight", "frozen.bias", "unused.weight", "unused.bias"}
     assert all(value.isfinite().all() for value in run.model.state_dict().values())
     notes = [line for line in caplog.messages if "no gradient" in line]
-    assert notes == ["note       no gradient reaches unused.weight, unused.bias: untrained"]
+    assert notes == ["note       no gradient reaches unused.weight, unused.bias in the first step"]
 
 
 def test_part_1_trains_a_network_without_convolutions(start):
@@ -104,6 +104,8 @@ def test_a_network_with_another_number_of_outputs_is_named(start):
 def test_images_of_ones_own_that_are_not_as_they_must_be_are_named(change, says):
     right = data.Split(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 3)
     data.check(data.Dataset("mine", right, right, ("a", "b", "c"), "here"))
+    with pytest.raises(utils.UserError, match="has a validation set of its own"):
+        data.hold_out(data.Dataset("mine", right, right, ("a", "b", "c"), "", right), 3)
     with pytest.raises(utils.UserError, match=f"the test set of mine: its {says}"):
         data.hold_out(data.Dataset("mine", right, right._replace(**change), ("a", "b", "c"), ""), 0)
 

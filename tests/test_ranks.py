@@ -264,7 +264,8 @@ def start_run(runtime: utils.Runtime, path: Path, steps: int) -> engine.Run:
     sys.argv = ["train_resnet", "--output-dir", str(path), "--epochs", "1", "--overwrite"]
     args = importlib.import_module("train_resnet").parse_args()
     split = data.Split(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1).long())
-    run = engine.Run(args, runtime, data.Dataset("none", split, split, (), ""), 60, steps)
+    dataset = data.Dataset("none", split, split, data.CLASS_NAMES, "")
+    run = engine.Run(args, runtime, dataset, 60, steps)
     model = models.ResNet()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     run.start(model, optimizer, engine.one_cycle(optimizer, steps), [8])
