@@ -684,7 +684,8 @@ def recipe_in_words(run: Run) -> dict[str, str]:
     sizes = []
     for size in dict.fromkeys(run.sizes):
         first, count = run.sizes.index(size) + 1, run.sizes.count(size)
-        sizes.append(f"{size}px from epoch {first} to {first + count - 1}")
+        epochs = f"epochs {first} to {first + count - 1}" if count > 1 else f"epoch {first}"
+        sizes.append(f"{size}px in {epochs}")
     changes = ["crop", "flip"]
     if run.augmentation:
         changes.append(getattr(run.augmentation, "__name__", "AUGMENT"))
