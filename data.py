@@ -18,7 +18,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -431,8 +431,8 @@ def _parse_hdf5(path: Path) -> tuple[dict[str, Split], list[str]]:
     return splits, list(CLASS_NAMES)
 
 
-def _read_hdf5(values: "h5py.Dataset", kinds: str, most: int, what: str) -> np.ndarray:  # noqa: F821
-    """Return an HDF5 dataset of at most so many numbers; floats 0..1 become uint8 0..255."""
+def _read_hdf5(values: Any, kinds: str, most: int, what: str) -> np.ndarray:  # noqa: ANN401
+    """Return an h5py.Dataset of at most so many numbers; floats 0..1 become uint8 0..255."""
     fault = f"{what} are {values.dtype} {values.shape}, not the numbers of CIFAR-100"
     is_float = values.dtype.kind == "f"
     # What is in memory at a time: of floats a thousand rows.

@@ -355,7 +355,7 @@ def test_the_identity_of_the_code(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "__file__", str(ROOT / "no such file"))
     assert report.describe_code()["modules"] != clean["modules"]
     own = types.ModuleType("nets.own")
-    own.__file__ = str(ROOT / ".ci" / "run")  # any file of a folder
+    own.__file__ = str(ROOT / "slurm" / "check_node.py")  # any module in a folder
     changed = report.describe_code()["modules"]
     monkeypatch.setitem(sys.modules, "nets.own", own)
     assert report.describe_code()["modules"] != changed, "modules of folders count"
