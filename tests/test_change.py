@@ -354,8 +354,12 @@ def test_the_identity_of_the_code(monkeypatch, tmp_path):
     assert report.name_of_code(without) == f"code {clean['modules']}"
     monkeypatch.setattr(models, "__file__", str(ROOT / "no such file"))
     assert report.describe_code()["modules"] != clean["modules"]
+    # A project in a directory of its own, whose network lies in a folder.
     own = types.ModuleType("nets.own")
-    own.__file__ = str(ROOT / "slurm" / "check_node.py")  # any module in a folder
+    own.__file__ = str(tmp_path / "nets" / "own.py")
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "own.py").write_text("width = 64")
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     changed = report.describe_code()["modules"]
     monkeypatch.setitem(sys.modules, "nets.own", own)
     assert report.describe_code()["modules"] != changed, "modules of folders count"
