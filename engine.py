@@ -150,7 +150,7 @@ class Parser(argparse.ArgumentParser):
                 args = self.parse_args()
             except UserError as error:
                 raise UserError(f"{args.output_dir / 'config.json'}: {error}") from error
-        args.recipe = self.recipe_names
+        args.recipe = {name: self.get_default(name) for name in self.recipe_names}
         return args
 
     def _use_recipe_of_model(self, args: argparse.Namespace) -> None:
@@ -386,8 +386,10 @@ class Run:
             script, before, now = state["script"], state["settings"], self.config["settings"]
             if script != self.config["script"]:
                 raise UserError(f"{path}: written by {script}.py; {utils.wording(*ELSEWHERE)}")
-            changed = [f"--{name.replace('_', '-')} {now[name]} (was {before.get(name)})"
-                       for name in self.args.recipe if now[name] != before.get(name)]
+            # A checkpoint from before a flag was added is of a run with the flag's default.
+            before = self.args.recipe | before
+            changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
+                       for name in self.args.recipe if now[name] != before[name]]
             if changed:
                 raise UserError(f"{path}: cannot go on with other settings: {', '.join(changed)}; "
                                 f"use the old ones, or {utils.wording(*ELSEWHERE)}")
@@ -669,7 +671,7 @@ def describe_run(run: Run) -> dict:
             "system": platform.platform(), "code": code,
             "data": dataset.checksum or data.checksum(dataset),
             "classes": list(dataset.class_names),
-            "network": models.describe(run.model), "recipe": recipe, "settings": settings,
+            "network": models.describe(run.model), "recipe": list(recipe), "settings": settings,
             "in_words": words | recipe_in_words(run)}
 
 

@@ -26,9 +26,11 @@ REQUIRED = 60.0  # test accuracy in %, set by the course
 STATS = data.CIFAR100_STATS
 SIZE = 32  # pixels
 LOW_SIZE = 20  # pixels; takes 0.4 x the arithmetic of 32, and the stages accept any size
+# Peak learning rate and weight decay by --optimizer; both were chosen on --val-size 5000.
+CHOSEN = {"muon": (0.1, 0.005), "sgd": (0.2, 5e-4)}
 MOMENTUM = 0.9  # of Muon and of SGD, in Nesterov's form
-OTHER_LR = 0.1  # peak rate of batch norms and head, usual for SGD
-HEAD_DECAY = 5e-4  # weight decay of the head's matrix, usual for SGD; norms and biases have none
+# Beside Muon, of batch norms and head, usual for SGD. Norms and biases never have a decay.
+OTHER_LR, HEAD_DECAY = 0.1, 5e-4
 EVAL_BATCH = 500  # images; divides 10,000
 AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
 
@@ -42,16 +44,24 @@ def parse_args() -> argparse.Namespace:
     # 250 divides 50,000 and 45,000, so every batch is full: another size is compiled anew.
     recipe("--batch-size", type=bounded(int, 2), default=250, metavar="N",
         help="images per optimizer step")
-    # The rate and the decay were chosen on --val-size 5000.
-    recipe("--lr", type=bounded(float, 1e-9), default=0.1, metavar="LR",
-        help="peak learning rate of the convolutions (Muon); the rest has its own")
-    recipe("--weight-decay", type=bounded(float, 0), default=0.005, metavar="WD",
-        help="weight decay; each step shrinks the convolutions by the rate x WD")
+    recipe("--optimizer", choices=tuple(CHOSEN), default="muon",
+        help="of the convolutions; batch norms and head are always trained by SGD")
+    (lr, decay), (sgd_lr, sgd_decay) = CHOSEN.values()
+    recipe("--lr", type=bounded(float, 1e-9), metavar="LR",
+        help="peak learning rate; beside muon it is that of the convolutions, and the rest has "
+             f"its own (default: {lr}, for sgd {sgd_lr})")
+    recipe("--weight-decay", type=bounded(float, 0), metavar="WD",
+        help="weight decay; each step shrinks the weights by the rate x WD "
+             f"(default: {decay}, for sgd {sgd_decay})")
     recipe("--low-res", type=bounded(float, 0, 1), default=0.5, metavar="F",
         help=f"fraction of the epochs, the first, that train on {LOW_SIZE} x {LOW_SIZE} images, "
              "twice as fast (progressive resizing)")
     parser.add_shared_recipe()
-    return parser.read()
+    args = parser.read()
+    lr, decay = CHOSEN[args.optimizer]
+    args.lr = lr if args.lr is None else args.lr
+    args.weight_decay = decay if args.weight_decay is None else args.weight_decay
+    return args
 
 
 class Muon(torch.optim.SGD):
@@ -146,17 +156,21 @@ def make_model(args: argparse.Namespace) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Runtime) -> Muon:
-    """Return Muon for the convolutions and SGD for the rest, with their peak rates."""
+    """Return Muon for the convolutions and SGD for the rest, or SGD for all; with peak rates."""
     kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d)}
     convolutions, matrices, vectors = [], [], []
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         others = matrices if parameter.ndim > 1 else vectors
         (convolutions if parameter in kernels else others).append(parameter)
-    sgd = {"kind": "SGD", "lr": OTHER_LR, "momentum": MOMENTUM, "nesterov": True}
-    muon = {"muon": MOMENTUM, "kind": "Muon", "lr": args.lr, "weight_decay": args.weight_decay}
-    groups = [{"params": convolutions, **muon},
-              {"params": matrices, "weight_decay": HEAD_DECAY, **sgd},
-              {"params": vectors, **sgd}]
+    sgd = {"kind": "SGD", "momentum": MOMENTUM, "nesterov": True}
+    mine = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "sgd":
+        groups = [{"params": convolutions + matrices, **mine, **sgd},
+                  {"params": vectors, "lr": args.lr, **sgd}]
+    else:
+        groups = [{"params": convolutions, "muon": MOMENTUM, "kind": "Muon", **mine},
+                  {"params": matrices, "lr": OTHER_LR, "weight_decay": HEAD_DECAY, **sgd},
+                  {"params": vectors, "lr": OTHER_LR, **sgd}]
     engine.check_groups(model, groups)
     return Muon(groups, runtime.dtype, pad=runtime.device.type != "cpu")
 

@@ -362,6 +362,29 @@ def test_muon_takes_the_steps_of_torchs_own():
         assert difference.norm() < 0.05 * moved.norm()
 
 
+def test_sgd_takes_the_steps_of_torchs_own(parse, runtime):
+    """All weights are in its groups, at the rate and the decay chosen for it, by torch's names."""
+    script, args = parse("train_resnet", "--overwrite", "--optimizer", "sgd")
+    assert (args.lr, args.weight_decay) == script.CHOSEN["sgd"]
+    torch.manual_seed(0)
+    ours, theirs = models.ResNet(), models.ResNet()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = script.make_optimizer(ours, args, runtime)
+    decays = {id(parameter): args.weight_decay * (parameter.ndim > 1)
+              for parameter in theirs.parameters()}
+    reference = torch.optim.SGD(
+        [{"params": [parameter], "weight_decay": decays[id(parameter)]}
+         for parameter in theirs.parameters()], args.lr, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
+
+
 def test_muon_moves_the_convolutions_and_sgd_the_rest(runtime, monkeypatch):
     """With the rates and decays that the head of the script gives, and each parameter once."""
     monkeypatch.setattr(sys, "argv", ["train_resnet", "--overwrite"])
