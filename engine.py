@@ -254,8 +254,8 @@ class Checkpoints:
             self.previous.unlink()  # there is room for two
             utils.save_tensors(self.newest, state, self.previous)
 
-    def restore(self, use: Callable[[Path, dict], None]) -> tuple[Path, dict] | None:
-        """Call `use(path, state)` with the newest whole checkpoint; return both, or None.
+    def restore(self, use: Callable[[Path, dict], None]) -> tuple[Path, dict, list[str]] | None:
+        """Call `use(path, state)` with the newest whole checkpoint; return both, and the damage.
 
         `use` raises DamagedFile for what is no checkpoint. Raises UserError if no file is whole.
         """
@@ -267,12 +267,10 @@ class Checkpoints:
             except utils.DamagedFile as error:
                 damaged.append(str(error))
                 continue
-            for line in damaged:
-                log.info(f"warning    {line}; the checkpoint before it is used")
             if path == self.previous:
                 # Promote it, or the next save would keep the damaged file as the previous one.
                 os.replace(path, self.newest)
-            return path, state
+            return path, state, damaged
         if damaged:
             raise UserError(f"{'; '.join(damaged)}; {utils.wording(*AFRESH)} starts again")
         return None
@@ -362,7 +360,9 @@ class Run:
     def _write_config(self) -> None:
         report.write_text(self.output_dir / "config.json", json.dumps(self.config, indent=2) + "\n")
 
-    def _tell_of_resumption(self, path: Path, state: dict) -> None:
+    def _tell_of_resumption(self, path: Path, state: dict, damaged: list[str]) -> None:
+        for line in damaged:
+            log.info(f"warning    {line}; the checkpoint before it is used")
         last = f" (test acc {self.position.history[-1]['test_acc']:.2%})" if self.epoch else ""
         log.info(f"resume     after {self.epoch} epochs{last} and {self.step} steps ({path})")
         machine = f"{state['runtime']}, torch {state['torch']}"

@@ -277,7 +277,8 @@ def read_run(directory: Path) -> RunRecord:
         return record
     except Exception as error:  # what is no run can raise anything
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{directory}: holds no run with a finished epoch ({reason})") from error
+        raise UserError(f"{directory}: holds no run with a finished epoch, or one of older code "
+                        f"({reason})") from error
 
 
 SUMMARY = ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
@@ -559,6 +560,7 @@ def draw_confusion(figure: "Figure", confusion: np.ndarray,
 def draw_mistakes(figure: "Figure", taken: Tensor, confidence: Tensor, dataset: Dataset) -> None:
     """Draw the 30 surest mistakes; `taken` are classes and `confidence` fractions of 1, (N,)."""
     figure.set_size_inches(12, 12)
+    figure.get_layout_engine().set(h_pad=0.1)  # inches; the titles of the first row are high
     images, labels = dataset.test
     wrong = (taken != labels).nonzero()[:, 0]
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)]

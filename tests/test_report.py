@@ -421,7 +421,7 @@ def test_what_is_no_run_is_refused_in_a_line(tmp_path, drawn, caplog, broken, co
     with caplog.at_level("INFO", "cifar100"):
         report.compare([tmp_path / "run", tmp_path / "whole"], tmp_path / "new")
     assert caplog.messages[0].startswith(
-        f"warning    {tmp_path / 'run'}: holds no run with a finished epoch (")
+        f"warning    {tmp_path / 'run'}: holds no run with a finished epoch, or one of ")
     assert " ".join(caplog.messages[0].split()) in (tmp_path / "new" / "comparison.md").read_text()
     assert caplog.messages[2].startswith("train_resnet: n 1, ")
 

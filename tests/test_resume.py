@@ -341,8 +341,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     spoil(newest, damage)
     process = whole("train_resnet").script(output_dir)
     if damage != "missing":
-        assert re.search(r"warning .*checkpoint\.pt: .*; the checkpoint before it is used",
-                         process.stdout)
+        warning = r"warning .*checkpoint\.pt: .*; the checkpoint before it is used"
+        assert re.search(warning, process.stdout)
+        assert re.search(warning, (output_dir / "log.txt").read_text())
     assert re.search(r"resume     after 1 epochs .* and 0 steps \(.*previous\.pt\)", process.stdout)
     whole("train_resnet").assert_same_end(process, output_dir)
 
