@@ -6,9 +6,11 @@ A job of the qsub wrapper finds stand-ins for aprun and for Blue Waters' modules
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -280,3 +282,29 @@ def test_shellcheck_passes():
     job_files = [path for path in (ROOT / "slurm").iterdir() if path.suffix in (".sbatch", ".pbs")]
     assert len(job_files) == 5
     subprocess.run(["shellcheck", *job_files], check=True)
+
+
+# It starts a script, in a session of its own, that no TERM ends; and dies a second after a TERM.
+TORCHRUN = """#!/bin/bash
+setsid bash -c 'trap "" TERM USR2; echo $$ >script; exec sleep 100' &
+trap 'sleep 1; exit 1' TERM
+while :; do wait; done
+"""
+
+
+@slow
+def test_a_node_that_is_told_to_end_leaves_no_script_behind(tmp_path):
+    """Though torchrun has died before. Slurm kills what it knows of 30 seconds after its TERM."""
+    (tmp_path / "torchrun").write_text(TORCHRUN)
+    (tmp_path / "torchrun").chmod(0o755)
+    (shell,) = re.findall(r"^node='(.*?)'$", (ROOT / "slurm/ddp.sbatch").read_text(), re.M | re.S)
+    node = subprocess.Popen(
+        ["bash", "-c", shell, "node"], cwd=tmp_path, start_new_session=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "error": "error"})
+    started = tmp_path / "script"
+    while not (started.exists() and started.read_text()):
+        time.sleep(0.1)
+    os.killpg(node.pid, signal.SIGTERM)
+    assert node.wait(30) == 143 and not (tmp_path / "error").exists()
+    state = Path("/proc", started.read_text().strip(), "stat")
+    assert not state.exists() or ") Z " in state.read_text(), "nobody may have asked for its status"
