@@ -284,10 +284,11 @@ def test_shellcheck_passes():
     subprocess.run(["shellcheck", *job_files], check=True)
 
 
-# It starts a script, in a session of its own, that no TERM ends; and dies a second after a TERM.
+# It starts a script, in a session of its own, that no TERM ends; and dies at once of a TERM.
 TORCHRUN = """#!/bin/bash
+export TORCHELASTIC_RUN_ID=$SLURM_JOB_ID
 setsid bash -c 'trap "" TERM USR2; echo $$ >script; exec sleep 100' &
-trap 'sleep 1; exit 1' TERM
+trap 'exit 1' TERM
 while :; do wait; done
 """
 
@@ -300,7 +301,8 @@ def test_a_node_that_is_told_to_end_leaves_no_script_behind(tmp_path):
     (shell,) = re.findall(r"^node='(.*?)'$", (ROOT / "slurm/ddp.sbatch").read_text(), re.M | re.S)
     node = subprocess.Popen(
         ["bash", "-c", shell, "node"], cwd=tmp_path, start_new_session=True,
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "error": "error"})
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "error": "error",
+                          "SLURM_JOB_ID": f"test-{os.getpid()}"})
     started = tmp_path / "script"
     while not (started.exists() and started.read_text()):
         time.sleep(0.1)
