@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -154,7 +155,13 @@ def pull_cable(name: str) -> None:
 
 
 def plug_cable(name: str) -> None:
-    """Connect a node again, and tell Slurm, which does not ask a node that is down by itself."""
+    """Connect a node again, and tell Slurm, which does not ask a node that is down by itself.
+
+    Before that end what the node still runs, as a reboot does: Slurm would end it by the number of
+    its step, and the requeued job has a step of the same number.
+    """
+    for process in processes(name, "slurmstepd|torchrun|train_resnet.py"):
+        os.kill(process, signal.SIGKILL)
     _call(f"ip link set {_cable(name)} up")
     subprocess.run(["scontrol", "update", f"NodeName={name}", "State=RESUME"])
 
