@@ -29,7 +29,8 @@ LOW_SIZE = 20  # pixels; takes 0.4 x the arithmetic of 32, and the stages accept
 # Peak learning rate and weight decay. Muon's were chosen on --val-size 5000, SGD's are usual ones.
 CHOSEN = {"muon": (0.1, 0.005), "sgd": (0.2, 5e-4)}
 MOMENTUM = 0.9  # of Muon and of SGD, in Nesterov's form
-# Beside Muon, of batch norms and head, usual for SGD. Norms and biases never have a decay.
+# Beside Muon: the peak rate of batch norms and head, and the decay of the head's matrix, as usual
+# for SGD. Norms and biases never have a decay.
 OTHER_LR, HEAD_DECAY = 0.1, 5e-4
 EVAL_BATCH = 500  # images; divides 10,000
 AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
@@ -45,11 +46,11 @@ def parse_args() -> argparse.Namespace:
     recipe("--batch-size", type=bounded(int, 2), default=250, metavar="N",
         help="images per optimizer step")
     recipe("--optimizer", choices=tuple(CHOSEN), default="muon",
-        help="of the convolutions; batch norms and head are always trained by SGD")
+        help="muon: Muon for the convolutions, SGD for the rest; sgd: SGD for all")
     (lr, decay), (sgd_lr, sgd_decay) = CHOSEN.values()
     recipe("--lr", type=bounded(float, 1e-9), metavar="LR",
-        help="peak learning rate; beside muon it is that of the convolutions, and the rest has "
-             f"its own (default: {lr}, for sgd {sgd_lr})")
+        help="peak learning rate; with muon only of the convolutions, for the rest has its own "
+             f"(default: {lr}, for sgd {sgd_lr})")
     recipe("--weight-decay", type=bounded(float, 0), metavar="WD",
         help="weight decay; each step shrinks the weights by the rate x WD "
              f"(default: {decay}, for sgd {sgd_decay})")

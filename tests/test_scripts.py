@@ -363,7 +363,7 @@ def test_muon_takes_the_steps_of_torchs_own():
 
 
 def test_sgd_takes_the_steps_of_torchs_own(parse, runtime):
-    """All weights are in its groups, at the rate and the decay chosen for it, by torch's names."""
+    """All weights at one rate, the matrices with decay: those that the head of the script gives."""
     script, args = parse("train_resnet", "--overwrite", "--optimizer", "sgd")
     assert (args.lr, args.weight_decay) == script.CHOSEN["sgd"]
     torch.manual_seed(0)

@@ -54,6 +54,8 @@ def checkout(cluster, tmp_path, data_dir, monkeypatch):
     make_checkout(tmp_path, data_dir, SLOW_DISK)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CIFAR100_DIR", raising=False)
+    # By default a job's cache lies in output, unless a test before has had torch name another one.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent / "compiled"))
     return tmp_path
 
 
@@ -305,6 +307,7 @@ def test_a_node_that_is_told_to_end_leaves_no_script_behind(tmp_path):
                           "SLURM_JOB_ID": f"test-{os.getpid()}"})
     started = tmp_path / "script"
     while not (started.exists() and started.read_text()):
+        assert node.poll() is None
         time.sleep(0.1)
     os.killpg(node.pid, signal.SIGTERM)
     assert node.wait(30) == 143 and not (tmp_path / "error").exists()
