@@ -255,9 +255,10 @@ class Checkpoints:
             utils.save_tensors(self.newest, state, self.previous)
 
     def restore(self, use: Callable[[Path, dict], None]) -> tuple[Path, dict, list[str]] | None:
-        """Call `use(path, state)` with the newest whole checkpoint; return both, or None.
+        """Call `use(path, state)` with the newest whole checkpoint, if there is one.
 
-        The third value says which newer files are damaged. `use` raises DamagedFile for what is no checkpoint. Raises UserError if no file is whole.
+        Return both, and in words what newer file is damaged. `use` raises DamagedFile for what is
+        no checkpoint. Raises UserError if there are files and none is whole.
         """
         damaged = []
         for path in filter(Path.exists, (self.newest, self.previous)):
