@@ -59,7 +59,7 @@ class Dataset(NamedTuple):
     class_names: tuple[str, ...]
     source: str
     val: Split | None = None  # what `hold_out` took from the training set
-    checksum: int = 0  # CRC-32 of all images and labels, before any are held out
+    checksum: int = 0  # CRC-32 of all images and labels, which `hold_out` computes
 
     def evaluated(self) -> dict[str, Split]:
         """Return the splits to evaluate after every epoch: val, if there is one, and test."""
@@ -72,16 +72,7 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     CIFAR-100 comes from `data_dir`, a directory or one file; it is downloaded if it is not there.
     Raises UserError if it is not there and cannot be downloaded, or is not CIFAR-100.
     """
-    dataset = synthetic() if name == "synthetic" else _load_cifar100(Path(data_dir), url, download)
-    return dataset._replace(checksum=checksum(dataset))
-
-
-def checksum(dataset: Dataset) -> int:
-    """Return the CRC-32 of all images and labels."""
-    crc = 0
-    for tensor in (*dataset.train, *dataset.test):
-        crc = zlib.crc32(tensor.contiguous().numpy(), crc)
-    return crc
+    return synthetic() if name == "synthetic" else _load_cifar100(Path(data_dir), url, download)
 
 
 def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
@@ -97,12 +88,16 @@ def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
-    """Move the last `count` training images into `val`, as many of each class; 0 moves none.
+    """Check a set and move its last `count` training images, as many of each class, into `val`.
 
     Raises UserError if `count` is not a multiple of the classes or leaves one without images, or
     if the set is not what `check` asks for.
     """
     check(dataset)
+    crc = 0
+    for tensor in (*dataset.train, *dataset.test, *(dataset.val or ())):
+        crc = zlib.crc32(tensor.contiguous().numpy(), crc)
+    dataset = dataset._replace(checksum=crc)
     if count and dataset.val:
         raise UserError(f"--val-size {count}: {dataset.name} has a validation set of its own")
     if not count:

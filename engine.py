@@ -115,7 +115,8 @@ class Parser(argparse.ArgumentParser):
             if hint or near:
                 message += f"; {flag}: {hint or f'do you mean {near[0]}?'}"
         if "--overwrite" in message:
-            message += utils.wording("", f"; a job has --resume: {ELSEWHERE[1]} for a new run")
+            message += utils.wording("; --resume goes on, --overwrite begins again",
+                                     f"; a job has --resume: {ELSEWHERE[1]} for a new run")
         raise UserError(f"{message} (--help lists the flags)")
 
     def add_recipe(self, flag: str, **keywords: object) -> None:
@@ -158,7 +159,8 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(trained={})
         try:
             config = report.read_config(args.output_dir)
-        except UserError:
+        except UserError as error:
+            log.info(f"note       {error}: the recipe's defaults are used")
             return
         if config["script"] != Path(sys.argv[0]).stem:
             raise UserError(f"{args.output_dir}: a run of {config['script']}.py; use that script")
@@ -183,8 +185,9 @@ def check_output_dir(args: argparse.Namespace) -> None:
     # A finished run whose checkpoint is gone cannot be resumed, and is not replaced unasked.
     lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
     if held and (lost or not (args.resume or args.overwrite)):
-        ways = utils.wording("--overwrite replaces it, --resume goes on with it, "
-                             "--output-dir names another place", f"no checkpoint: {ELSEWHERE[1]}")
+        going_on = "no checkpoint is left to go on from" if lost else "--resume goes on with it"
+        ways = utils.wording(f"--overwrite replaces it, {going_on}, --output-dir names another "
+                             "place", f"no checkpoint: {ELSEWHERE[1]}")
         raise UserError(f"{path}: already holds a run ({', '.join(held)}); {ways}")
 
 
@@ -405,6 +408,8 @@ class Run:
                 raise UserError(f"{path}: of another optimizer, with groups of {saved} weights, "
                                 f"not {sizes}; {utils.wording(*ELSEWHERE)}")
             self._set_state(state)
+            # Of the run, not of this start, which may leave out --weights.
+            self.config["settings"] = before
         except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # what is no checkpoint can raise anything
@@ -670,7 +675,7 @@ def describe_run(run: Run) -> dict:
             "command": shlex.join(sys.argv), "runtime": str(runtime),
             "torch": str(torch.__version__), "python": platform.python_version(),
             "system": platform.platform(), "code": code,
-            "data": dataset.checksum or data.checksum(dataset),
+            "data": dataset.checksum,
             "classes": list(dataset.class_names),
             "network": models.describe(run.model), "recipe": list(recipe), "settings": settings,
             "in_words": words | recipe_in_words(run)}
@@ -819,7 +824,7 @@ def use_model(model: nn.Module, args: argparse.Namespace, runtime: Runtime,
         return
     note = report.code_has_changed(args.trained.get("code"), report.describe_code())
     if note and args.trained:
-        print(note, file=sys.stderr)  # predictions go to stdout
+        log.info(note)
     if args.predict:
         report.print_predictions(logits, args.trained.get("classes", data.CLASS_NAMES), files)
     else:

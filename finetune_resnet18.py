@@ -66,7 +66,10 @@ def load_data(args: argparse.Namespace) -> data.Dataset:
 
 def make_model(args: argparse.Namespace) -> nn.Module:
     """Return the network to train, with its first weights, or to use; another one goes here."""
-    is_trained = args.eval_only or args.predict
+    # model.pt and checkpoints hold all weights, so that no others are read.
+    is_resumed = args.resume and any((args.output_dir / name).exists()
+                                     for name in engine.CHECKPOINTS)
+    is_trained = args.eval_only or args.predict or is_resumed
     with utils.rank_0_first():  # which downloads, if need be
         return models.resnet18("random" if is_trained else args.weights,
                                download=not args.no_download)

@@ -214,7 +214,7 @@ def describe_code() -> dict:
              if getattr(module, "__file__", None)}
     # Those of sub-folders, too, but for an environment's; the script itself may lie elsewhere.
     own = {file for file in files.values() if file.is_file() and file.is_relative_to(here)
-           and not {"site-packages", "dist-packages", "tests"}
+           and not {"tests", "site-packages", f"python3.{sys.version_info.minor}"}
            & set(file.relative_to(here).parts)}
     sources = sorted({*own, files["__main__"]} if "__main__" in files else own)
     modules = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()

@@ -94,7 +94,9 @@ def run_script(main: Callable[[], None]) -> None:
     for message in ("Detected call of .lr_scheduler.step", "Grad strides do not match bucket view",
                     ".broadcast_buffers. is deprecated", "Guards may run slower on Python 3.13.0"):
         warnings.filterwarnings("ignore", message)
-    log.addHandler(logging.StreamHandler(sys.stdout))
+    # Predictions are all that goes to stdout then.
+    stream = sys.stderr if "--predict" in sys.argv else sys.stdout
+    log.addHandler(logging.StreamHandler(stream))
     log.addHandler(logging.handlers.MemoryHandler(sys.maxsize))  # for `keep_log`
     log.setLevel(logging.WARNING if process_rank() else logging.INFO)
     # A full disk under the log must not end the training.
@@ -141,7 +143,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return one_line(error), error.status
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory: try a smaller --batch-size", USER_ERROR
+        is_training = not {"--eval-only", "--predict"} & set(sys.argv)
+        remedy = "a smaller --batch-size" if is_training else "--device cpu"
+        return f"out of GPU memory: try {remedy}", USER_ERROR
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "out of memory: try a smaller --batch-size", USER_ERROR
     if isinstance(error, OSError):
@@ -495,7 +499,7 @@ def find_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        if device.index is not None:
+        if device.type == "cuda" and device.index is not None:
             # First of all, or each process would take memory of the first GPU, too.
             torch.cuda.set_device(device)
         # This fails on a chip that this PyTorch does not support.

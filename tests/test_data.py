@@ -137,14 +137,15 @@ def test_a_checksum_that_is_not_the_official_one_is_noted_once(tmp_path, arrays,
 def test_the_checksum_is_of_the_images_as_they_were_loaded(tmp_path, arrays):
     """A run that holds images out is on the same images, whatever the format they came in."""
     images, labels = arrays["test"]
-    sets = [data.load("cifar100", path) for path in (
+    sets = [data.hold_out(data.load("cifar100", path), 0) for path in (
         write_binary(tmp_path / "binary", arrays), write_python(tmp_path / "python", arrays),
         write_binary(tmp_path / "pixels", {**arrays, "test": (images ^ 1, labels)}),
         write_binary(tmp_path / "labels", {**arrays, "test": (images, labels[::-1])}),
     )]
     checksums = [dataset.checksum for dataset in sets]
     assert checksums[0] == checksums[1] == data.hold_out(sets[0], 100).checksum
-    assert len(set(checksums)) == 3
+    sets.append(data.hold_out(sets[0]._replace(val=sets[0].test), 0))
+    assert len({dataset.checksum for dataset in sets}) == 4
 
 
 def broken(arrays: dict, fault: str) -> dict:
@@ -271,7 +272,8 @@ def test_the_held_out_images_are_balanced_and_apart():
 
 def test_a_data_set_is_evaluated_on_val_where_there_is_one_and_on_test():
     whole = data.synthetic(5, 1)
-    assert data.hold_out(whole, 0) is whole and list(whole.evaluated()) == ["test"]
+    assert data.hold_out(whole, 0).train is whole.train
+    assert list(whole.evaluated()) == ["test"]
     held = data.hold_out(whole, 100)
     assert list(held.evaluated().items()) == [("val", held.val), ("test", whole.test)]
 

@@ -381,6 +381,16 @@ def test_other_settings_or_images_are_refused_by_name(whole, stopped, tmp_path, 
     assert contents(stopped) == before
 
 
+def test_part_2_goes_on_without_the_file_that_it_began_with(whole, tmp_path):
+    """The checkpoint has all weights. What it says of the run's settings stays."""
+    run = whole("finetune_resnet18")
+    assert run.script(tmp_path / "run", "--max-minutes", 0.001).returncode == utils.STOPPED
+    process = run.script(tmp_path / "run", "--weights", tmp_path / "purged.pth")
+    run.assert_same_end(process, tmp_path / "run")
+    state = utils.load_tensors(tmp_path / "run" / "checkpoint.pt")
+    assert state["settings"]["weights"] == "random"
+
+
 def test_a_run_may_go_on_compiled_or_not(whole, stopped, tmp_path):
     """And with other values of all that is no part of the recipe."""
     output_dir = shutil.copytree(stopped, tmp_path / "run")

@@ -191,6 +191,8 @@ def test_in_a_job_messages_name_what_helps_there(small, tmp_path, variable):
     assert stopped.returncode == 75
     both_flags, other_lr = start("--overwrite"), start("--lr", 0.2)
     (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "run" / "model.pt")
+    by_hand = script("train_resnet", "--resume", "--output-dir", tmp_path / "run")
+    assert "; --overwrite replaces it, no checkpoint is left to go on from" in by_hand.stderr
     for refused in (both_flags, other_lr, start()):
         assert refused.returncode == 2 and "set another OUTPUT=" in refused.stderr
         assert not re.search(r"--overwrite (replaces|starts)|--output-dir", refused.stderr)
@@ -270,7 +272,7 @@ def test_a_run_whose_last_step_diverges_is_not_saved(small, tmp_path):
     (["--precision", "fp8"], "--precision"),
     (["--device", "abacus"], "--device abacus"),
     (["--val-size", "150"], "--val-size 150"),
-    (["--resume", "--overwrite"], "not allowed with"),
+    (["--resume", "--overwrite"], "not allowed with argument --resume; --resume goes on, --over"),
     (["--eval-only"], "holds no model.pt"), (["--predict", "x.png"], "holds no model.pt"),
     (["--dataset", "cifar100", "--data-dir", "nowhere", "--no-download"], "Three ways out"),
     (["--dataset", "cifar100", "--data-dir", "gone.tar.gz"], "gone.tar.gz: no such file"),

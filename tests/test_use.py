@@ -197,9 +197,13 @@ def test_a_model_predicts_the_classes_of_its_run(run_dir, use, pictures, tmp_pat
         config.write_text(json.dumps({**json.loads(config.read_text()), "classes": names}))
     else:
         config.unlink()
-    stdout, _ = use("train_resnet", "--predict", pictures / "0.png", "--output-dir", output_dir)
+    flags = ["--predict", pictures / "0.png", "--output-dir", output_dir]
+    stdout, log = use("train_resnet", *flags)
     rows = list(csv.DictReader(io.StringIO(stdout)))
     assert {row["class"] for row in rows} < set(names if has_config else data.CLASS_NAMES)
+    assert ("the recipe's defaults are used" in log) != has_config
+    process = script("train_resnet", *flags, *CPU)
+    assert process.stdout == stdout and bool(process.stderr) != has_config, "notes go to stderr"
 
 
 def test_a_picture_that_cannot_be_read_is_one_line_before_any_prediction(run_dir, pictures):

@@ -37,6 +37,15 @@ def test_what_can_go_wrong_is_one_line_and_a_status(error, line, status):
     assert utils.explain(error) == (line, status)
 
 
+@pytest.mark.parametrize("flag", ["--eval-only", "--predict"])
+def test_a_finished_model_that_does_not_fit_the_gpu_is_not_blamed_on_the_batch_size(
+        monkeypatch, flag):
+    """Which is that of training, and changes nothing here."""
+    monkeypatch.setattr(sys, "argv", ["train_resnet.py", flag])
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    assert utils.explain(error) == ("out of GPU memory: try --device cpu", 2)
+
+
 def test_a_fault_of_the_code_is_not_explained_away():
     with pytest.raises(ZeroDivisionError):
         utils.explain(ZeroDivisionError())
@@ -253,6 +262,10 @@ def test_the_gpu_is_chosen_before_it_is_used(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda *_, **__: calls.append("used") or torch.zeros(1))
     utils.find_device("cuda:1")
     assert calls == ["cuda:1", "used"]
+
+
+def test_a_cpu_may_have_a_number():
+    assert utils.find_device("cpu:0") == torch.device("cpu", 0)
 
 
 TOO_OLD = ("The NVIDIA driver on your system is too old (found version 12020). Please update your "
