@@ -7,7 +7,6 @@ the classes, the three file formats and their checks, and last the download.
 import gzip
 import http.client
 import io
-import logging
 import math
 import operator
 import os
@@ -27,9 +26,7 @@ from torch import Tensor
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-from utils import SIZE_LIMIT, Runtime, UserError, guard, rank_0_first, try_lock, unpickle
-
-log = logging.getLogger("cifar100")
+from utils import SIZE_LIMIT, Runtime, UserError, guard, log, rank_0_first, try_lock, unpickle
 
 CLASSES = 100
 FULL_SIZE = {"train": 50_000, "test": 10_000}  # images
@@ -72,19 +69,15 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     CIFAR-100 comes from `data_dir`, a directory or one file; it is downloaded if it is not there.
     Raises UserError if it is not there and cannot be downloaded, or is not CIFAR-100.
     """
-    return synthetic() if name == "synthetic" else _load_cifar100(Path(data_dir), url, download)
-
-
-def _load_cifar100(data_dir: Path, url: str | None, download: bool) -> Dataset:
-    try:
+    if name == "synthetic":
+        return synthetic()
+    data_dir = Path(data_dir)
+    with guard(f"{data_dir}: cannot be read", (OSError, MemoryError)):
         if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
             raise UserError(f"--data-dir {data_dir}: no such file")
         with rank_0_first():  # which downloads, if need be
             path = find(data_dir) or fetch(url or URL, data_dir, download)
         return read(path)
-    except (OSError, MemoryError) as error:
-        reason = str(error) or "not enough memory"
-        raise UserError(f"{data_dir}: cannot be read: {reason}") from error
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
@@ -126,7 +119,7 @@ def check(dataset: Dataset) -> None:
         if not (isinstance(labels, Tensor) and labels.dtype == torch.int64
                 and labels.shape == images.shape[:1]):
             raise UserError(f"{where}: its labels must be an int64 tensor ({len(images)},)")
-        if not 0 <= labels.min() <= labels.max() < len(dataset.class_names):
+        if labels.min() < 0 or labels.max() >= len(dataset.class_names):
             raise UserError(f"{where}: its labels span {labels.min()}..{labels.max()}, and there "
                             f"are names of {len(dataset.class_names)} classes")
 
@@ -148,7 +141,7 @@ def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:
         count = len(labels)
         phases = torch.rand(2, count, 1, generator=generator) * 2 * torch.pi
         x, y = (waves[labels // 10][:, axis, None] * pixels + phases[axis] for axis in (0, 1))
-        plaid = (torch.cos(y)[:, :, None] * torch.cos(x)[:, None, :])[:, None]
+        plaid = torch.cos(y)[:, None, :, None] * torch.cos(x)[:, None, None]  # (count, 1, 32, 32)
         noise = 0.1 * torch.randn(count, 3, 32, 32, generator=generator)
         images = hues[labels % 10][:, :, None, None] + 0.3 * plaid + noise
         return Split((images.clamp(0, 1) * 255).byte(), labels)
@@ -203,8 +196,9 @@ class Batches:
         """Yield every image once, randomly cropped and flipped, from batch number `start` on.
 
         Order, crops and flips are a function of (seed, epoch) alone, drawn on the CPU. Each rank
-        gets its share of every batch, with the weight by which the mean over the ranks of weight x
-        mean loss is the mean over the batch. If the share is empty, that is one image of weight 0.
+        gets its share of every batch, and the weight len(share) x ranks / len(batch): the mean over
+        the ranks of weight x mean loss of the share is the mean loss of the batch. A rank without a
+        share gets one image of weight 0.
         """
         count = len(self.labels)
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
@@ -258,8 +252,7 @@ def _read_picture(file: Path) -> Tensor:
     from PIL import Image, ImageOps  # on which torchvision depends
 
     # A damaged file can raise anything.
-    guarded = guard(f"{file}: cannot be read as a picture", Exception)
-    with guarded, warnings.catch_warnings():
+    with guard(f"{file}: cannot be read as a picture", Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened)
@@ -310,6 +303,8 @@ OFFICIAL_MD5 = {
     "meta": "7973b15100ade9c7d40fb424638fde48",
 }
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+WAYS_OUT = (". Three ways out: put cifar-100-python.tar.gz (or the binary version or an HDF5 file) "
+            "there; name a mirror with --data-url; or try made-up images with --dataset synthetic")
 RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as long each time
 
 
@@ -369,9 +364,8 @@ def _read_archive(path: Path) -> dict[str, bytes]:
     with guard(f"{path}: not an HDF5 file, and not a whole tar archive", Exception,
                "; if it was copied or downloaded by hand, do that again"):
         with open(path, "rb") as file:
-            is_packed = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if is_packed else open(path, "rb") as file:  # gzip has a checksum
-            content = file.read(SIZE_LIMIT + 1)
+            is_packed = file.peek(2).startswith(b"\x1f\x8b")  # by gzip, which has a checksum
+            content = (gzip.GzipFile(fileobj=file) if is_packed else file).read(SIZE_LIMIT + 1)
         if len(content) > SIZE_LIMIT:
             raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
@@ -417,8 +411,7 @@ def _parse_hdf5(path: Path) -> tuple[dict[str, Split], list[str]]:
     with guard(f"{path}: reading HDF5 needs one more package: pip install h5py", ImportError):
         import h5py
     splits = {}
-    guarded = guard(f"{path}: not an HDF5 file with the course's keys", Exception)
-    with guarded, h5py.File(path) as file:
+    with guard(f"{path}: not HDF5 with the course's keys", Exception), h5py.File(path) as file:
         for name, count in FULL_SIZE.items():
             images = _read_hdf5(file[f"X_{name}"], "uf", count * 3072, f"{path}: {name} images")
             labels = _read_hdf5(file[f"Y_{name}"], "iu", count, f"{path}: {name} labels")
@@ -468,13 +461,6 @@ def _check_split(images: np.ndarray, labels: np.ndarray, name: str, path: Path) 
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def _ways_out(data_dir: Path, reason: str) -> str:
-    return (f"CIFAR-100 is not in {data_dir} ({reason}). Three ways out: put "
-            f"cifar-100-python.tar.gz (or the binary version, or an HDF5 file) into {data_dir}; "
-            "name a mirror with --data-url; or try the script on made-up images with --dataset "
-            "synthetic")
-
-
 def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
     """Download an official archive into `data_dir` and return its path.
 
@@ -482,12 +468,13 @@ def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
     run and in the next. Raises UserError if the download is not `allowed`, fails, or gives a file
     of another md5.
     """
-    if not allowed:
-        raise UserError(_ways_out(data_dir, "--no-download forbids to fetch it"))
     is_new = "" if data_dir.exists() else ", which did not exist"
     partial = data_dir / "cifar-100.tar.gz.part"
     names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
-    try:
+    with guard(f"CIFAR-100 is not in {data_dir}, and was not downloaded from {url}",
+               (OSError, ValueError, http.client.HTTPException), WAYS_OUT):
+        if not allowed:
+            raise OSError("--no-download forbids it")
         data_dir.mkdir(parents=True, exist_ok=True)
         with open(data_dir / ".cifar-100.lock", "w") as lock:
             if not try_lock(lock):
@@ -505,8 +492,6 @@ def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
                     return partial.replace(data_dir / names[md5])
                 partial.unlink()
             raise OSError(f"its md5 sum, {md5}, is not official")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(_ways_out(data_dir, f"downloading {url} failed: {error}")) from error
 
 
 def _complete(partial: Path, url: str) -> None:

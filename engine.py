@@ -8,12 +8,10 @@ import dataclasses
 import difflib
 import errno
 import json
-import logging
 import math
 import os
 import platform
 import re
-import shlex
 import signal
 import sys
 import time
@@ -31,9 +29,7 @@ import data
 import models
 import report
 import utils
-from utils import Runtime, UserError, bounded
-
-log = logging.getLogger("cifar100")
+from utils import Runtime, UserError, bounded, log
 
 STARTED = time.monotonic()  # seconds; when torch was loaded, the start of --max-minutes
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
@@ -164,7 +160,7 @@ class Parser(argparse.ArgumentParser):
             return
         if config["script"] != Path(sys.argv[0]).stem:
             raise UserError(f"{args.output_dir}: a run of {config['script']}.py; use that script")
-        # This machine may compute in another precision. A number is checked if it is a text.
+        # This machine may compute in another precision. argparse checks only defaults of type str.
         recipe = {name: str(value) if type(value) in (int, float) else value
                   for name, value in config["settings"].items()
                   if name in self.recipe_names and name != "precision"}
@@ -212,7 +208,7 @@ class Clock:
     def __init__(self, checkpoint_minutes: float, max_minutes: float | None):
         self.checkpoint_minutes, self.max_minutes = checkpoint_minutes, max_minutes
         self.stop_signal: int | None = None  # the number of the last signal to stop
-        self.step_seconds, self.save_seconds = 0.0, SHORTEST_SAVE  # the longest so far
+        self.longest_step, self.longest_save = 0.0, SHORTEST_SAVE  # seconds
         self.progressed = False  # this process has done a step or an evaluation
         self.lap_began = self.saved = time.monotonic()
 
@@ -237,7 +233,7 @@ class Clock:
         if not self.max_minutes or not self.progressed:
             return False
         left = 60 * self.max_minutes - (time.monotonic() - STARTED)
-        return left < self.step_seconds + 2 * self.save_seconds
+        return left < self.longest_step + 2 * self.longest_save
 
 
 class Checkpoints:
@@ -345,8 +341,8 @@ class Run:
             raise UserError(f"{self.output_dir}: another process is at work on this run")
         check_output_dir(self.args)  # again, for loading the data took a while
         found = self.checkpoints.restore(self._use_checkpoint) if self.args.resume else None
+        report.print_words(self.config["in_words"])
         if found:
-            report.print_words(self.config["in_words"])
             position = self.position
             utils.keep_log(self.output_dir / "log.txt", position.log_bytes, position.unprinted)
             position.unprinted = ""
@@ -356,7 +352,6 @@ class Run:
             (self.output_dir / name).unlink(missing_ok=True)
         self._write_config()
         utils.keep_log(self.output_dir / "log.txt")
-        report.print_words(self.config["in_words"])
         if self.args.resume:
             log.info(f"resume     no checkpoint in {self.output_dir}, so the run begins")
         return None
@@ -402,11 +397,11 @@ class Run:
             if difference := models.difference(state["model"], self.model):
                 raise UserError(f"{path}: of another network: {difference}; "
                                 f"{utils.wording(*ELSEWHERE)}")
-            sizes, saved = ([len(group["params"]) for group in optimizer["param_groups"]]
-                            for optimizer in (self.optimizer.state_dict(), state["optimizer"]))
-            if sizes != saved:
+            ours, saved = ([len(group["params"]) for group in optimizer["param_groups"]]
+                           for optimizer in (self.optimizer.state_dict(), state["optimizer"]))
+            if ours != saved:
                 raise UserError(f"{path}: of another optimizer, with groups of {saved} weights, "
-                                f"not {sizes}; {utils.wording(*ELSEWHERE)}")
+                                f"not {ours}; {utils.wording(*ELSEWHERE)}")
             self._set_state(state)
             # Of the run, not of this start, which may leave out --weights.
             self.config["settings"] = before
@@ -455,7 +450,7 @@ class Run:
         if not self.augmentation:
             return images, labels
         step = self.epoch * self.steps_per_epoch + self.step
-        # Not the seed of an epoch's order: of numbers that end in 0 the 0 counts for nothing.
+        # Rank + 1, for a 0 at the end is ignored, and (seed, step) is the seed of an epoch's order.
         self.generator.manual_seed(data.epoch_seed(self.args.seed, step, self.runtime.rank + 1))
         return self.augmentation(images, labels, self.generator)
 
@@ -476,7 +471,7 @@ class Run:
                 began = time.monotonic()
                 yield next(drawn)
                 ended = time.monotonic()
-                self.clock.step_seconds = max(self.clock.step_seconds, ended - began)
+                self.clock.longest_step = max(self.clock.longest_step, ended - began)
                 if name == "train":
                     self.clock.progressed = True
                     if number == done:
@@ -488,7 +483,7 @@ class Run:
                         self._tell_time_left(step_seconds, total - number - 1, bar)
 
     def _tell_time_left(self, step_seconds: float, steps: int, bar: tqdm) -> None:
-        """Show it at the bar, or where there is none say it once, before an epoch's line does."""
+        """Show the time left at the bar; without one log it once, before the first epoch's line."""
         is_late = step_seconds * (self.step - self.position.slow_steps) > TELL_AFTER
         if bar.disable and (self.has_told or not is_late):
             return
@@ -509,12 +504,12 @@ class Run:
         clock = self.clock
         save_is_due = time.monotonic() - clock.saved > 60 * clock.checkpoint_minutes
         mine = torch.tensor([clock.stop_signal or 0, clock.out_of_time(), save_is_due])
-        signum, out_of_time, save_is_due = self.runtime.reduce(mine, "MAX").tolist()
+        signum, must_stop, must_save = map(int, self.runtime.reduce(mine, "MAX").tolist())
         if signum:
-            self._stop(signal.Signals(int(signum)).name)
-        elif out_of_time:
+            self._stop(signal.Signals(signum).name)
+        elif must_stop:
             self._stop(f"--max-minutes {clock.max_minutes:g}")
-        elif save_is_due:
+        elif must_save:
             self._save_or_warn()
 
     def _stop(self, reason: str) -> NoReturn:
@@ -582,7 +577,7 @@ class Run:
         self._write_for_tensorboard()
 
     def _write_for_tensorboard(self) -> None:
-        """Add the last epoch; to a new file all, for by purge_step it replaces what others hold."""
+        """Write the last epoch. A new writer writes all: purge_step hides what older files hold."""
         if not self.args.tensorboard or self.runtime.rank:
             return
         try:
@@ -608,7 +603,7 @@ class Run:
         return rate, self._seconds_ahead(images / rate, evaluation)
 
     def _seconds_ahead(self, training: float, evaluation: float) -> float:
-        """Return the seconds of the epochs after this one, by the training of a whole one of it."""
+        """Return the seconds that all later epochs take, by those of this epoch's two parts."""
         costs = [size**SIZE_POWER for size in self.sizes]
         after = sum(costs[self.epoch + 1 :])
         if self.epoch + 1 < self.epochs:
@@ -632,7 +627,7 @@ class Run:
                 log.info(f"warning    metrics.csv not written ({error}); the next save tries again")
         self.unsaved = False
         self.clock.saved = time.monotonic()
-        self.clock.save_seconds = max(self.clock.save_seconds, self.clock.saved - began)
+        self.clock.longest_save = max(self.clock.longest_save, self.clock.saved - began)
 
     def _save_or_warn(self) -> None:
         try:
@@ -672,11 +667,9 @@ def describe_run(run: Run) -> dict:
         if settings.get(name) is not None and settings[name] is not False)
     return {"script": Path(sys.argv[0]).stem, "dataset": dataset.name,
             "required_accuracy": run.required if dataset.name == "cifar100" else None,
-            "command": shlex.join(sys.argv), "runtime": str(runtime),
-            "torch": str(torch.__version__), "python": platform.python_version(),
-            "system": platform.platform(), "code": code,
-            "data": dataset.checksum,
-            "classes": list(dataset.class_names),
+            "runtime": str(runtime), "torch": str(torch.__version__),
+            "python": platform.python_version(), "system": platform.platform(),
+            "code": code, "data": dataset.checksum, "classes": list(dataset.class_names),
             "network": models.describe(run.model), "recipe": list(recipe), "settings": settings,
             "in_words": words | recipe_in_words(run)}
 
@@ -685,9 +678,9 @@ def recipe_in_words(run: Run) -> dict[str, str]:
     """Return what the flags do not say, by the first word of its line in the log."""
     groups = []
     for group in run.optimizer.param_groups:
-        weights = sum(parameter.numel() for parameter in group["params"])
+        count = sum(parameter.numel() for parameter in group["params"])
         kind, rate = group.get("kind", "SGD"), group.get("max_lr", group["lr"])
-        groups.append(f"{kind} of {weights:,} weights at rate {rate:g}, decay "
+        groups.append(f"{kind} of {count:,} weights at rate {rate:g}, decay "
                       f"{group['weight_decay']:g}")
     sizes = []
     for size in dict.fromkeys(run.sizes):

@@ -114,8 +114,8 @@ def main() -> None:
     for epoch in range(run.epoch, run.epochs):
         batches = train.shuffled(args.seed, epoch, start=run.step, size=sizes[epoch])
         results = {"train": engine.train_one_epoch(run, batches, args.label_smoothing)}
-        for name, split in evaluated.items():
-            results[name] = engine.evaluate(model, run.watch(split, name), runtime)
+        for name, tested in evaluated.items():
+            results[name] = engine.evaluate(model, run.watch(tested, name), runtime)
         run.end_epoch(results)
     run.finish()
 

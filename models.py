@@ -6,16 +6,13 @@ modules on the CPU, whose `state_dict()` is what the scripts write to `model.pt`
 
 import hashlib
 import http.client
-import logging
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from utils import DamagedFile, UserError, guard, load_tensors
-
-log = logging.getLogger("cifar100")
+from utils import DamagedFile, UserError, guard, load_tensors, log
 
 # The ImageNet file of the course (2018) and the one that torchvision downloads today.
 RESNET18_FILES = ("resnet18-5c106cde.pth", "resnet18-f37072fd.pth")
@@ -83,7 +80,8 @@ class ResNet(nn.Module):
         x = self.conv4_x(x)  # (N, 128, 8, 8)
         x = self.conv5_x(x)  # (N, 256, 4, 4)
         # Max pooling over the whole map; amax, unlike adaptive pooling, is deterministic on CUDA.
-        return self.fc(x.amax(dim=(2, 3)))
+        x = x.amax(dim=(2, 3))  # (N, 256)
+        return self.fc(x)
 
 
 def resnet18(weights: str | None, num_classes: int = 100, download: bool = True) -> nn.Module:

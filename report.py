@@ -27,13 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import SUPERCLASS_OF, Dataset
-from utils import Runtime, UserError, guard, one_line, process_rank, write_atomically
+from utils import Runtime, UserError, guard, log, one_line, process_rank, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-log = logging.getLogger("cifar100")
 
 RUN_REPORTS = ("report.md", "curves.png")
 TEST_REPORTS = ("test-report.md", "confusion.csv", "confusion.png", "mistakes.png")

@@ -47,13 +47,12 @@ def parse_args() -> argparse.Namespace:
         help="images per optimizer step")
     recipe("--optimizer", choices=tuple(CHOSEN), default="muon",
         help="muon: Muon for the convolutions, SGD for the rest; sgd: SGD for all")
-    (lr, decay), (sgd_lr, sgd_decay) = CHOSEN.values()
     recipe("--lr", type=bounded(float, 1e-9), metavar="LR",
         help="peak learning rate; with muon only of the convolutions, for the rest has its own "
-             f"(default: {lr}, for sgd {sgd_lr})")
+             f"(default: {CHOSEN['muon'][0]}, for sgd {CHOSEN['sgd'][0]})")
     recipe("--weight-decay", type=bounded(float, 0), metavar="WD",
         help="weight decay; each step shrinks the weights by the rate x WD "
-             f"(default: {decay}, for sgd {sgd_decay})")
+             f"(default: {CHOSEN['muon'][1]}, for sgd {CHOSEN['sgd'][1]})")
     recipe("--low-res", type=bounded(float, 0, 1), default=0.5, metavar="F",
         help=f"fraction of the epochs, the first, that train on {LOW_SIZE} x {LOW_SIZE} images, "
              "twice as fast (progressive resizing)")
@@ -108,7 +107,7 @@ class Muon(torch.optim.SGD):
         for batch in batches.values():
             for weight, grad in zip(batch, orthogonal([w.grad for w in batch]), strict=True):
                 grad = grad.to(weight.dtype, memory_format=torch.channels_last)
-                # Only what lies between padding is copied once more: SGD wants dense gradients.
+                # SGD wants dense gradients. This copies the slices of padded matrices alone.
                 weight.grad = grad.contiguous(memory_format=torch.channels_last)
 
     def _of_one_shape(self, grads: list[Tensor]) -> Tensor:
@@ -201,8 +200,8 @@ def main() -> None:
     for epoch in range(run.epoch, run.epochs):
         batches = train.shuffled(args.seed, epoch, start=run.step, size=sizes[epoch])
         results = {"train": engine.train_one_epoch(run, batches, args.label_smoothing)}
-        for name, split in evaluated.items():
-            results[name] = engine.evaluate(model, run.watch(split, name), runtime)
+        for name, tested in evaluated.items():
+            results[name] = engine.evaluate(model, run.watch(tested, name), runtime)
         run.end_epoch(results)
     run.finish()
 

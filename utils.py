@@ -38,7 +38,7 @@ FAILED, USER_ERROR, LEFT_ALONE, STOPPED = 1, 2, 3, 75
 
 # What schedulers and the job files send, beside Ctrl-C. Windows has no SIGUSR2.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
-# Images of a rank from which on its batch norm needs no others, Wu & He 2018, arXiv:1803.08494.
+# With so many images or more a rank has batch norm of its own, Wu & He 2018, arXiv:1803.08494.
 FEW_IMAGES = 32
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,7 +60,7 @@ class Refused(pickle.UnpicklingError):
 
 
 @contextlib.contextmanager
-def guard(what: str, errors: type[Exception], advice: str = "",
+def guard(what: str, errors: type[Exception] | tuple, advice: str = "",
           status: int = USER_ERROR) -> Iterator[None]:
     """Raise a UserError, "what (error)" and the advice, in place of such errors in the block."""
     try:
@@ -68,7 +68,8 @@ def guard(what: str, errors: type[Exception], advice: str = "",
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"{what} ({one_line(error)[:300]}){advice}", status) from error
+        reason = one_line(error)[:300] or type(error).__name__  # a MemoryError says nothing
+        raise UserError(f"{what} ({reason}){advice}", status) from error
 
 
 def one_line(text: object) -> str:
@@ -296,16 +297,13 @@ def _check_tensors(file: io.BufferedReader) -> None:
         return
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise zipfile.BadZipFile("compressed, which torch.save never does")
-        # Of such an entry torch.load leaves the numbers as the memory happens to be.
-        if any(entry.external_attr & 0x10 for entry in entries):
-            raise zipfile.BadZipFile("an entry is marked as a directory")
-        # torch.load finds names whatever their case, and takes the first of two.
-        if len({entry.filename.lower() for entry in entries}) < len(entries):
-            raise zipfile.BadZipFile("two entries have one name")
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
+        names = {entry.filename.lower() for entry in entries}
+        # torch.save never compresses. torch.load leaves the numbers of an entry that is marked as
+        # a directory uninitialised, ignores the case of names, and takes the first of two.
+        is_odd = any(entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 0x10
+                     for entry in entries)
+        if is_odd or len(names) < len(entries) or archive.testzip():
+            raise zipfile.BadZipFile("not as torch.save wrote it")
         for name in archive.namelist():
             if name.lower().endswith(".pkl"):
                 check_pickle(io.BytesIO(archive.read(name)), TENSOR_GLOBALS)
@@ -415,7 +413,8 @@ class Runtime(NamedTuple):
 
         Each rank normalises its own images, if its share of `batch_size` is large enough.
         """
-        # In place. It waits for the device three times a layer, and the CPU does not have it.
+        # SyncBatchNorm, made in place, waits for the device three times a layer, so it is used
+        # only if a rank has few images. The CPU does not have it.
         is_few = self.ranks > 1 and 0 < batch_size < FEW_IMAGES * self.ranks
         if self.device.type == "cuda" and is_few:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -476,8 +475,8 @@ def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
         torch.backends.cudnn.deterministic = True
         # cuBLAS reads it when it starts; torch asks for it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # An operation that cannot is told by a warning. Of compiled code, which chooses reductions
-        # by timing them, this makes the choice a fixed one.
+        # An operation without a deterministic kernel warns instead of failing. The compiler no
+        # longer chooses the kernels of reductions by timing them.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")  # TF32, where the chip has it
