@@ -26,7 +26,7 @@ REQUIRED = 60.0  # test accuracy in %, set by the course
 STATS = data.CIFAR100_STATS
 SIZE = 32  # pixels
 LOW_SIZE = 20  # pixels; takes 0.4 x the arithmetic of 32, and the stages accept any size
-# Peak learning rate and weight decay. Muon's were chosen on --val-size 5000, SGD's are usual ones.
+# Peak learning rate and weight decay, both chosen on --val-size 5000.
 CHOSEN = {"muon": (0.1, 0.005), "sgd": (0.2, 5e-4)}
 MOMENTUM = 0.9  # of Muon and of SGD, in Nesterov's form
 # Beside Muon: the peak rate of batch norms and head, and the decay of the head's matrix, as usual
