@@ -81,8 +81,9 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
-    """Check a set and move its last `count` training images, as many of each class, into `val`.
+    """Check a set, compute its checksum, and move its last `count` training images into `val`.
 
+    As many of each class are moved, and with 0 none.
     Raises UserError if `count` is not a multiple of the classes or leaves one without images, or
     if the set is not what `check` asks for.
     """

@@ -38,7 +38,7 @@ FAILED, USER_ERROR, LEFT_ALONE, STOPPED = 1, 2, 3, 75
 
 # What schedulers and the job files send, beside Ctrl-C. Windows has no SIGUSR2.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
-# With so many images or more a rank has batch norm of its own, Wu & He 2018, arXiv:1803.08494.
+# A rank with at least so many images has a batch norm of its own, Wu & He 2018, arXiv:1803.08494.
 FEW_IMAGES = 32
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,7 +95,7 @@ def run_script(main: Callable[[], None]) -> None:
     for message in ("Detected call of .lr_scheduler.step", "Grad strides do not match bucket view",
                     ".broadcast_buffers. is deprecated", "Guards may run slower on Python 3.13.0"):
         warnings.filterwarnings("ignore", message)
-    # Predictions are all that goes to stdout then.
+    # With --predict stdout holds the predictions alone, for a file or a pipe.
     stream = sys.stderr if "--predict" in sys.argv else sys.stdout
     log.addHandler(logging.StreamHandler(stream))
     log.addHandler(logging.handlers.MemoryHandler(sys.maxsize))  # for `keep_log`
