@@ -100,7 +100,8 @@ def main() -> None:
         return engine.use_model(model, args, runtime, load_data, STATS, EVAL_BATCH, size)
 
     dataset = data.hold_out(load_data(args), args.val_size)
-    train = data.Batches(dataset.train, args.batch_size, STATS, runtime)
+    train = data.Batches(dataset.train, args.batch_size, STATS, runtime,
+                         classes=len(dataset.class_names))
     evaluated = {name: data.Batches(split, EVAL_BATCH, STATS, runtime, size)
                  for name, split in dataset.evaluated().items()}
 
@@ -112,7 +113,7 @@ def main() -> None:
     scheduler = engine.one_cycle(optimizer, run.total_steps)
     run.start(model, optimizer, scheduler, sizes, AUGMENT)
     for epoch in range(run.epoch, run.epochs):
-        batches = train.shuffled(args.seed, epoch, start=run.step, size=sizes[epoch])
+        batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], args.cutmix)
         results = {"train": engine.train_one_epoch(run, batches, args.label_smoothing)}
         for name, tested in evaluated.items():
             results[name] = engine.evaluate(model, run.watch(tested, name), runtime)

@@ -56,6 +56,8 @@ def parse_args() -> argparse.Namespace:
     recipe("--low-res", type=bounded(float, 0, 1), default=0.5, metavar="F",
         help=f"fraction of the epochs, the first, that train on {LOW_SIZE} x {LOW_SIZE} images, "
              "twice as fast (progressive resizing)")
+    recipe("--dropout", type=bounded(float, 0, 1), default=0.1, metavar="P",
+        help="probability of the dropout after conv1")
     parser.add_shared_recipe()
     args = parser.read()
     lr, decay = CHOSEN[args.optimizer]
@@ -152,7 +154,7 @@ def load_data(args: argparse.Namespace) -> data.Dataset:
 
 def make_model(args: argparse.Namespace) -> nn.Module:
     """Return the network to train or to use; another one goes here."""
-    return models.ResNet()
+    return models.ResNet(dropout=args.dropout)
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Runtime) -> Muon:
@@ -187,7 +189,8 @@ def main() -> None:
         return engine.use_model(model, args, runtime, load_data, STATS, EVAL_BATCH, SIZE)
 
     dataset = data.hold_out(load_data(args), args.val_size)
-    train = data.Batches(dataset.train, args.batch_size, STATS, runtime)
+    train = data.Batches(dataset.train, args.batch_size, STATS, runtime,
+                         classes=len(dataset.class_names))
     evaluated = {name: data.Batches(split, EVAL_BATCH, STATS, runtime, SIZE)
                  for name, split in dataset.evaluated().items()}
 
@@ -198,7 +201,7 @@ def main() -> None:
     scheduler = engine.one_cycle(optimizer, run.total_steps)
     run.start(model, optimizer, scheduler, sizes, AUGMENT)
     for epoch in range(run.epoch, run.epochs):
-        batches = train.shuffled(args.seed, epoch, start=run.step, size=sizes[epoch])
+        batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], args.cutmix)
         results = {"train": engine.train_one_epoch(run, batches, args.label_smoothing)}
         for name, tested in evaluated.items():
             results[name] = engine.evaluate(model, run.watch(tested, name), runtime)

@@ -304,17 +304,38 @@ def test_an_epoch_visits_every_image_once_with_its_label(runtime):
     assert torch.equal(numbers % 100, labels)
 
 
-def test_an_epoch_is_a_function_of_seed_and_epoch_alone(runtime):
+@pytest.mark.parametrize("cutmix", [0, 0.5])
+def test_an_epoch_is_a_function_of_seed_and_epoch_alone(runtime, cutmix):
     def draw(seed, epoch, start=0):
         batches = data.Batches(data.synthetic(2, 1).train, 32, PLAIN, runtime)
-        return [images for images, *_ in batches.shuffled(seed, epoch, start)]
+        drawn = list(batches.shuffled(seed, epoch, start, cutmix=cutmix))
+        return [tensor for images, labels, _ in drawn for tensor in (images, labels)]
 
     whole = draw(3, 5)
     torch.rand(10)  # the global generator plays no part
     assert all(map(torch.equal, whole, draw(3, 5)))
-    assert all(map(torch.equal, whole[4:], draw(3, 5, start=4)))
-    assert not torch.equal(whole[0], draw(3, 6)[0])
-    assert not torch.equal(whole[0], draw(4, 5)[0])
+    assert all(map(torch.equal, whole[8:], draw(3, 5, start=4)))
+    for other in (draw(3, 6), draw(4, 5)):
+        assert not torch.equal(whole[0], other[0]) and not torch.equal(whole[1], other[1])
+
+
+def test_cutmix_pastes_a_box_of_another_image_and_mixes_the_labels_by_its_area(runtime):
+    batches = data.Batches(numbered(100), 25, PLAIN, runtime)
+    order = torch.cat([labels for _, labels, _ in batches.shuffled(1, 2)])
+    mixed = list(batches.shuffled(1, 2, cutmix=0.5))
+    images = torch.cat([(255 * images[:, 0]).round().long() for images, *_ in mixed])
+    labels = torch.cat([labels for _, labels, _ in mixed])
+    assert labels.dtype == torch.float32 and labels.shape == (100, 100)
+    whole = 0
+    for image, label, own, other in zip(images, labels, order, order.roll(1), strict=True):
+        assert set(image.unique().tolist()) <= {own.item(), other.item()}
+        pasted = image == other
+        share = pasted.float().mean()
+        assert torch.equal(pasted, pasted.any(1)[:, None] & pasted.any(0)), "a rectangle"
+        expected = F.one_hot(own, 100) * (1 - share) + F.one_hot(other, 100) * share
+        torch.testing.assert_close(label, expected)
+        whole += share == 0
+    assert 35 < whole < 65
 
 
 @pytest.mark.parametrize("flip", [0, 1])
@@ -339,7 +360,8 @@ def test_crops_and_flips_differ_from_image_to_image(runtime):
     assert len(torch.unique(images[:, 0, 0], dim=0)) == 18  # 9 offsets, flipped or not
 
 
-def test_augmentation_compiles_whole_to_the_same_images(runtime, monkeypatch):
+@pytest.mark.parametrize("cutmix", [0, 0.5])
+def test_augmentation_compiles_whole_to_the_same_images(runtime, monkeypatch, cutmix):
     """Crops, flips, normalisation and size, without a break; this backend needs no compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(
         torch.compile, backend="aot_eager", fullgraph=True))
@@ -347,8 +369,8 @@ def test_augmentation_compiles_whole_to_the_same_images(runtime, monkeypatch):
     eager, compiled = (data.Batches(split, 8, data.CIFAR100_STATS, runtime._replace(compile=how))
                        for how in (False, True))
     for size in (20, 32):
-        for one, other in zip(eager.shuffled(0, 0, 0, size), compiled.shuffled(0, 0, 0, size),
-                              strict=True):
+        for one, other in zip(*(batches.shuffled(0, 0, 0, size, cutmix)
+                                for batches in (eager, compiled)), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert compiled._augment != compiled._augment_eagerly
 

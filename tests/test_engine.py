@@ -113,7 +113,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, make_run, monkeypatch):
             run, batches = make_run(name, runtime, steps, "--output-dir", steps)
             for size in (low, full):
                 run.position.step = 0
-                engine.train_one_epoch(run, batches.shuffled(0, 0, 0, size), 0.1)
+                engine.train_one_epoch(run, batches.shuffled(0, 0, 0, size, cutmix=0.5), 0.1)
             batches.size = full
             engine.evaluate(run.network, batches, runtime)
         counts.append(transfers.count)

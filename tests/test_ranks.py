@@ -28,9 +28,9 @@ import report
 import utils
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-# Size and number of a batch of 100 images. The second cannot be divided by 2 or 3, and the last is
-# of one image for all ranks.
-BATCHES = [(12, 0), (13, 3), (99, 1)]
+# Size and number of a batch of 100 images, and the probability of CutMix. 13 cannot be divided by 2
+# or 3, and the third is of one image for all ranks.
+BATCHES = [(12, 0, 0), (13, 3, 0), (99, 1, 0), (13, 3, 0.5)]
 slow = pytest.mark.slow
 
 
@@ -78,9 +78,9 @@ def save_gradients(path: Path) -> None:
     model = models.ResNet().eval()
     network = DistributedDataParallel(model) if runtime.ranks > 1 else model
     gradients = []
-    for batch_size, step in BATCHES:
+    for batch_size, step, cutmix in BATCHES:
         batches = data.Batches(data.synthetic(1, 1).train, batch_size, PLAIN, runtime)
-        images, labels, weight = next(batches.shuffled(0, 0, step, size=16))
+        images, labels, weight = next(batches.shuffled(0, 0, step, 16, cutmix))
         model.zero_grad()
         (F.cross_entropy(network(images), labels, label_smoothing=0.1) * weight).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))

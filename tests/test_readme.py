@@ -159,9 +159,10 @@ def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_pat
 def test_images_of_ones_own_are_trained_on_tested_and_named(tmp_path):
     mine = changed_script(tmp_path, "def load_data")
     text = mine.with_suffix(".py").read_text()
-    mine.with_suffix(".py").write_text(text.replace("models.ResNet()", "models.ResNet(10)"))
+    mine.with_suffix(".py").write_text(text.replace("models.ResNet(", "models.ResNet(10, "))
     flags = ["--device", "cpu", "--output-dir", tmp_path / "run"]
-    process = script(mine, *flags, "--batch-size", 20, "--max-steps", 2, "--val-size", 100)
+    process = script(mine, *flags, "--batch-size", 20, "--max-steps", 2, "--val-size", 100,
+                     "--cutmix", 0.5)
     assert (process.returncode, process.stderr) == (0, "")
     assert "mine: 900 training, 100 validation and 1,000 test images, made by" in process.stdout
     assert "not on CIFAR-100" in process.stdout.splitlines()[-1]

@@ -20,7 +20,8 @@ import engine
 import report
 import utils
 
-SMALL = {"train_resnet": [], "finetune_resnet18": ["--weights", "random", "--image-size", "32"]}
+SMALL = {"train_resnet": ["--cutmix", "0.5"],
+         "finetune_resnet18": ["--weights", "random", "--image-size", "32"]}
 KILLS = ("clock", "batch", "torn", "whole", "renamed")
 EVERY_STEP = ["--checkpoint-minutes", "0"]
 slow = pytest.mark.slow
