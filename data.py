@@ -166,7 +166,8 @@ class Batches:
         images = split.images.contiguous(memory_format=torch.channels_last)
         self.images, self.labels = images.to(device), split.labels.to(device)
         self.batch_size, self.size = batch_size, size
-        self.classes, self.pixels = (torch.arange(n, device=device) for n in (classes, 32))
+        self.classes = torch.arange(classes, device=device)
+        self.pixels = torch.arange(32, device=device)
         self.rank, self.ranks = runtime.rank, runtime.ranks
         self.steps_per_epoch = math.ceil(len(split.labels) / batch_size)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
@@ -197,12 +198,12 @@ class Batches:
                  cutmix: float = 0.0) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield every image once, randomly cropped and flipped, from batch number `start` on.
 
-        With the probability `cutmix` a box of an image is that of another image, and its label is
-        mixed in proportion (Yun et al. 2019, arXiv:1905.04899): all labels are then float32
-        (B, classes). All that is random is a function of (seed, epoch) alone, drawn on the CPU.
-        Each rank gets its share of every batch, and the weight len(share) x ranks / len(batch): the
-        mean over the ranks of weight x mean loss of the share is the mean loss of the batch. A rank
-        without a share gets one image of weight 0.
+        With probability `cutmix` an image gets a box of another image, and their labels are mixed
+        by area (Yun et al. 2019, arXiv:1905.04899); all labels are then float32 (B, classes). All
+        random numbers are drawn on the CPU and depend on (seed, epoch) alone. Each rank gets its
+        share of every batch, and the weight len(share) x ranks / len(batch): the mean over the
+        ranks of weight x mean loss of the share is the mean loss of the batch. A rank without a
+        share gets one image of weight 0.
         """
         count = len(self.labels)
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
@@ -211,42 +212,43 @@ class Batches:
         flips = torch.randint(2, (count,), generator=generator)
         draws = [order, down, right + OFFSETS * flips]
         if cutmix:
-            # The area is uniform in 0..1; what lies outside the image is cut off.
+            # The box's area is uniform in 0..1 of the image's; what sticks out is cut off.
             sides = 32 * torch.rand(count, generator=generator).sqrt()
             sides[torch.rand(count, generator=generator) >= cutmix] = 0
             centres = 32 * torch.rand(2, count, generator=generator)
-            edges = (centres - sides / 2, centres + sides / 2)  # each (2, count)
-            draws += [order.roll(1), *torch.cat(edges).round().clamp(0, 32).long()]
+            edges = torch.cat([centres - sides / 2, centres + sides / 2])  # (4, count)
+            draws += [order.roll(1), *edges.round().clamp(0, 32).long()]
         columns = torch.stack(draws).to(self.images.device)
         for batch in columns.split(self.batch_size, dim=1)[start:]:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
             share = share if weight else batch[:, :1]
-            box = share[3:] if cutmix else None
-            labels = self._mixed_labels(share[0], box) if cutmix else self.labels[share[0]]
-            yield self._augment(*share[:3], size, box), labels, weight
+            pasted = (share[3], share[4:]) if cutmix else ()
+            labels = self._mixed_labels(share[0], *pasted) if cutmix else self.labels[share[0]]
+            yield self._augment(*share[:3], size, *pasted), labels, weight
 
     def _augment_eagerly(self, chosen: Tensor, down: Tensor, right: Tensor, size: int,
-                         box: Tensor | None = None) -> Tensor:
-        """Pick, reflect-pad, crop and flip (B,) images in one gather; return them finished.
+                         other: Tensor | None = None, edges: Tensor | None = None) -> Tensor:
+        """Pick, reflect-pad, crop, flip and mix (B,) images in one gather; return them finished.
 
-        `box` (5, B) has the other image and the box's top, left, bottom and right edge in pixels.
+        With `other` (B,), a box of these images is pasted; its `edges` (4, B) are top, left, bottom
+        and right in pixels.
         """
         rows, columns = self.crops[down], self.crops[right]  # (B, 32)
         sources = chosen[:, None, None]
-        if box is not None:
-            in_rows, in_columns = ((self.pixels >= box[1:3, :, None])
-                                   & (self.pixels < box[3:, :, None]))  # (B, 32) each
+        if other is not None:
+            within = (self.pixels >= edges[:2, :, None]) & (self.pixels < edges[2:, :, None])
+            in_rows, in_columns = within  # (B, 32) each
             inside = in_rows[:, :, None] & in_columns[:, None]
-            sources = torch.where(inside, box[0][:, None, None], sources)
+            sources = torch.where(inside, other[:, None, None], sources)
         images = self.images[sources, :, rows[:, :, None], columns[:, None]]
         return self._finish(images.permute(0, 3, 1, 2), size)
 
-    def _mixed_labels(self, chosen: Tensor, box: Tensor) -> Tensor:
+    def _mixed_labels(self, chosen: Tensor, other: Tensor, edges: Tensor) -> Tensor:
         """Return float32 (B, classes): each class's share of the image's area."""
-        own, others = ((self.labels[images][:, None] == self.classes).float()
-                       for images in (chosen, box[0]))
-        height, width = box[3:] - box[1:3]
+        labels = self.labels[torch.stack([chosen, other])]  # (2, B)
+        own, others = (labels[:, :, None] == self.classes).float()
+        height, width = edges[2:] - edges[:2]
         return own.lerp(others, (height * width / 32**2)[:, None])
 
     def _finish(self, images: Tensor, size: int) -> Tensor:

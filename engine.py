@@ -125,8 +125,8 @@ class Parser(argparse.ArgumentParser):
         add("--label-smoothing", type=bounded(float, 0, 1), default=0.1, metavar="P",
             help="probability spread over all classes in the training loss (Szegedy et al. 2016)")
         add("--cutmix", type=bounded(float, 0, 1), default=0.0, metavar="P",
-            help="probability that a box of a training image is replaced by one of another image; "
-                 "for long runs, which overfit (Yun et al. 2019)")
+            help="probability that a training image gets a box of another image, and a share of "
+                 "its label; meant for long runs, which overfit (Yun et al. 2019)")
         add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, metavar="N",
             help="of initial weights, order, augmentation and dropout")
         add("--max-steps", type=bounded(int, 1), metavar="N",
@@ -733,11 +733,11 @@ def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int) -> OneCycleLR:
 def train_one_epoch(run: Run, batches: Iterable, label_smoothing: float) -> report.Metrics:
     """Train on what is left of the current epoch; return the means over the whole of it.
 
-    `batches` yield float images (B, 3, H, W), int64 labels (B,) and a weight, from step `run.step`
-    on. CutMix and an augmentation may make the labels soft, (B, classes); a prediction is then
-    right if it is the class of the largest share. The loss is cross entropy with label smoothing
-    (Szegedy et al. 2016, arXiv:1512.00567, section 7). Raises UserError if it stops being finite,
-    or on a signal to stop.
+    `batches` yield float images (B, 3, H, W), labels and a weight, from step `run.step` on. Labels
+    are int64 (B,), or soft, (B, classes), as CutMix or an augmentation makes them; a prediction is
+    then right if it is the class of the largest share. The loss is cross entropy with label
+    smoothing (Szegedy et al. 2016, arXiv:1512.00567, section 7). Raises UserError if it stops being
+    finite, or on a signal to stop.
     """
     run.model.train()
     if run.step == 0:

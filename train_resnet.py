@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
         help=f"fraction of the epochs, the first, that train on {LOW_SIZE} x {LOW_SIZE} images, "
              "twice as fast (progressive resizing)")
     recipe("--dropout", type=bounded(float, 0, 1), default=0.1, metavar="P",
-        help="probability of the dropout after conv1")
+        help="probability with which training zeroes an output of conv1")
     parser.add_shared_recipe()
     args = parser.read()
     lr, decay = CHOSEN[args.optimizer]

@@ -369,8 +369,8 @@ def test_augmentation_compiles_whole_to_the_same_images(runtime, monkeypatch, cu
     eager, compiled = (data.Batches(split, 8, data.CIFAR100_STATS, runtime._replace(compile=how))
                        for how in (False, True))
     for size in (20, 32):
-        for one, other in zip(*(batches.shuffled(0, 0, 0, size, cutmix)
-                                for batches in (eager, compiled)), strict=True):
+        drawn = (batches.shuffled(0, 0, 0, size, cutmix) for batches in (eager, compiled))
+        for one, other in zip(*drawn, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert compiled._augment != compiled._augment_eagerly
 

@@ -161,6 +161,20 @@ def test_overwrite_begins_anew(small, name, tmp_path):
     assert not torch.equal(first["fc.weight"], second["fc.weight"]), "another seed, another run"
 
 
+@pytest.mark.parametrize("name, flag, value", [
+    ("train_resnet", "--cutmix", 1), ("train_resnet", "--dropout", 0.5),
+    pytest.param("finetune_resnet18", "--cutmix", 1, marks=slow)])
+def test_cutmix_and_dropout_change_what_is_learnt(small, tmp_path, name, flag, value):
+    heads = []
+    for flags in ([], [flag, value]):
+        output_dir = tmp_path / str(len(heads))
+        process = script(name, *small[name], "--max-steps", 1, *flags, "--output-dir", output_dir,
+                         before=without_pictures)
+        assert (process.returncode, process.stderr) == (0, "")
+        heads.append(torch.load(output_dir / "model.pt")["fc.weight"])
+    assert not torch.equal(*heads)
+
+
 def test_a_finished_run_is_not_trained_again(finished):
     process, output_dir = finished["train_resnet"]
     before = contents(output_dir)
