@@ -34,7 +34,7 @@ from utils import Runtime, UserError, bounded, log
 STARTED = time.monotonic()  # seconds; when torch was loaded, the start of --max-minutes
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
 SAVE_AFTER = 30  # seconds since the last save, from which on an epoch's end saves
-TELL_AFTER = 20  # seconds of training, after which the time left is told, also in a log
+TELL_AFTER = 20  # seconds of one epoch's training, after which a log is told the time left
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 SIZE_POWER = 1.6  # a step's time grows with an image's side to this power; measured: 1.4 to 1.7
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
@@ -162,7 +162,7 @@ class Parser(argparse.ArgumentParser):
             log.info(f"note       {error}: the recipe's defaults are used")
             return
         if config["script"] != Path(sys.argv[0]).stem:
-            raise UserError(f"{args.output_dir}: a run of {config['script']}.py; use that script")
+            raise UserError(f"of a run of {config['script']}.py; use that script")
         # This machine may compute in another precision. argparse checks only defaults of type str.
         recipe = {name: str(value) if type(value) in (int, float) else value
                   for name, value in config["settings"].items()
@@ -171,7 +171,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
-    """Raise UserError if --output-dir holds a run and nothing is said of it, or no run to go on."""
+    """Raise UserError if what --output-dir holds does not fit the command."""
     path = args.output_dir
     with utils.guard(f"--output-dir {path}: cannot be read", OSError):
         held = [name for name in RUN_FILES if (path / name).exists()]
@@ -200,7 +200,7 @@ class Position:
     train_seconds: float = 0.0  # of its training part; 0 until that is done
     slow_seconds: float = 0.0  # of each start's first step, which loads libraries and compiles
     slow_steps: int = 0  # how many these were
-    log_bytes: int = 0  # of log.txt; what stands behind them is told again
+    log_bytes: int = 0  # of log.txt; a resumed run cuts off what follows
     unprinted: str = ""  # the line of the epoch that has just ended
     history: list[dict] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
 
@@ -213,7 +213,7 @@ class Clock:
         self.stop_signal: int | None = None  # the number of the last signal to stop
         self.longest_step, self.longest_save = 0.0, SHORTEST_SAVE  # seconds
         self.progressed = False  # this process has done a step or an evaluation
-        self.lap_began = self.saved = time.monotonic()
+        self.lap_began = self.saved_at = time.monotonic()
 
     def catch_signals(self) -> None:
         """Have signals ask the run to stop, rather than end the process."""
@@ -253,7 +253,7 @@ class Checkpoints:
             both = self.newest.exists() and self.previous.exists()
             if not both or error.errno not in DISK_FULL:
                 raise
-            self.previous.unlink()  # there is room for two
+            self.previous.unlink()  # makes room for the new one
             utils.save_tensors(self.newest, state, self.previous)
 
     def restore(self, use: Callable[[Path, dict], None]) -> tuple[Path, dict, list[str]] | None:
@@ -334,7 +334,7 @@ class Run:
             log.info("compile    begins with the first step, and again for images of another size")
         self._write_for_tensorboard()
         self.clock.lap()
-        self.clock.saved = time.monotonic()
+        self.clock.saved_at = time.monotonic()
 
     def _open(self) -> dict | None:
         """Take possession of the output directory; return the state to go on from, if any."""
@@ -376,7 +376,7 @@ class Run:
             self.config["code"] = before
             return
         log.info(note)
-        # From now on the run is of neither.
+        # From now on the run is of both versions.
         modules = f"{before['modules'] if before else 'unknown'} then {code['modules']}"
         self.config["code"] = {**code, "changed": True, "modules": modules}
         self.config["in_words"]["code"] = f"changed while it was trained: {modules}"
@@ -408,9 +408,11 @@ class Run:
             self._set_state(state)
             # Of the run, not of this start, which may leave out --weights.
             self.config["settings"] = before
-        except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
+        except (UserError, OSError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # what is no checkpoint can raise anything
+            if utils.is_out_of_memory(error):
+                raise
             reason = f"not a whole checkpoint of this script ({utils.one_line(error)[:200]})"
             raise utils.DamagedFile(f"{path}: {reason}") from error
 
@@ -453,7 +455,7 @@ class Run:
         if not self.augmentation:
             return images, labels
         step = self.epoch * self.steps_per_epoch + self.step
-        # Rank + 1, for a 0 at the end is ignored, and (seed, step) is the seed of an epoch's order.
+        # Rank + 1: NumPy ignores a 0 at the end, and (seed, step) is the seed of an epoch's order.
         self.generator.manual_seed(data.epoch_seed(self.args.seed, step, self.runtime.rank + 1))
         return self.augmentation(images, labels, self.generator)
 
@@ -486,7 +488,7 @@ class Run:
                         self._tell_time_left(step_seconds, total - number - 1, bar)
 
     def _tell_time_left(self, step_seconds: float, steps: int, bar: tqdm) -> None:
-        """Show the time left at the bar; without one log it once, before the first epoch's line."""
+        """Show the time left at the bar, or log it once, TELL_AFTER seconds into an epoch."""
         is_late = step_seconds * (self.step - self.position.slow_steps) > TELL_AFTER
         if bar.disable and (self.has_told or not is_late):
             return
@@ -505,7 +507,7 @@ class Run:
     def _stop_or_save(self) -> None:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
         clock = self.clock
-        save_is_due = time.monotonic() - clock.saved > 60 * clock.checkpoint_minutes
+        save_is_due = time.monotonic() - clock.saved_at > 60 * clock.checkpoint_minutes
         mine = torch.tensor([clock.stop_signal or 0, clock.out_of_time(), save_is_due])
         signum, must_stop, must_save = map(int, self.runtime.reduce(mine, "MAX").tolist())
         if signum:
@@ -572,7 +574,7 @@ class Run:
         self.sums.zero_()
         self.clock.progressed = True
         # Saved before it is printed: a kill in between would print it twice.
-        is_due = time.monotonic() - self.clock.saved > SAVE_AFTER
+        is_due = time.monotonic() - self.clock.saved_at > SAVE_AFTER
         if self.epoch == self.epochs or self.runtime.broadcast(is_due):
             self._save_or_warn()
         log.info(line)
@@ -620,7 +622,7 @@ class Run:
         self.position.seconds += self.clock.lap()
         self.check_finite()
         state = self.state_dict()
-        self.clock.saved, self.unsaved = began, True
+        self.clock.saved_at, self.unsaved = began, True
         if self.runtime.rank == 0:
             state["position"]["log_bytes"] = printed.stat().st_size if printed.exists() else 0
             self.checkpoints.save(state)
@@ -629,8 +631,8 @@ class Run:
             except OSError as error:
                 log.info(f"warning    metrics.csv not written ({error}); the next save tries again")
         self.unsaved = False
-        self.clock.saved = time.monotonic()
-        self.clock.longest_save = max(self.clock.longest_save, self.clock.saved - began)
+        self.clock.saved_at = time.monotonic()
+        self.clock.longest_save = max(self.clock.longest_save, self.clock.saved_at - began)
 
     def _save_or_warn(self) -> None:
         try:

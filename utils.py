@@ -83,6 +83,11 @@ def wording(by_hand: str, in_job: str) -> str:
     return in_job if is_job else by_hand
 
 
+def given(*flags: str) -> bool:
+    """Return whether one of these flags stands on the command line."""
+    return any(word.partition("=")[0] in flags for word in sys.argv)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`, then exit: with status 0, or with one line on stderr and the error's status."""
     # File names can hold characters that stdout cannot show; stdout may be closed, or not a file.
@@ -96,7 +101,7 @@ def run_script(main: Callable[[], None]) -> None:
                     ".broadcast_buffers. is deprecated", "Guards may run slower on Python 3.13.0"):
         warnings.filterwarnings("ignore", message)
     # With --predict stdout holds the predictions alone, for a file or a pipe.
-    stream = sys.stderr if "--predict" in sys.argv else sys.stdout
+    stream = sys.stderr if given("--predict") else sys.stdout
     log.addHandler(logging.StreamHandler(stream))
     log.addHandler(logging.handlers.MemoryHandler(sys.maxsize))  # for `keep_log`
     log.setLevel(logging.WARNING if process_rank() else logging.INFO)
@@ -143,12 +148,11 @@ def explain(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit status for `error`; raises it if it is a fault of the code."""
     if isinstance(error, UserError):
         return one_line(error), error.status
+    smaller = "" if given("--eval-only", "--predict") else ": try a smaller --batch-size"
     if isinstance(error, torch.OutOfMemoryError):
-        is_training = not {"--eval-only", "--predict"} & set(sys.argv)
-        remedy = "a smaller --batch-size" if is_training else "--device cpu"
-        return f"out of GPU memory: try {remedy}", USER_ERROR
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: try a smaller --batch-size", USER_ERROR
+        return f"out of GPU memory{smaller or ': try --device cpu'}", USER_ERROR
+    if is_out_of_memory(error):
+        return f"out of memory{smaller}", USER_ERROR
     if isinstance(error, OSError):
         return f"cannot go on: {error}", FAILED
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
@@ -165,6 +169,11 @@ def explain(error: BaseException) -> tuple[str, int]:
     return "a fault of the program; its traceback stands above", FAILED
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the host's memory did not suffice."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def _exit_with(message: str, status: int) -> NoReturn:
     # Ignore signals during shutdown: one would kill a finished run.
     for stop_signal in STOP_SIGNALS:
@@ -174,7 +183,7 @@ def _exit_with(message: str, status: int) -> NoReturn:
         # The disk under stderr may be full; the status still counts.
         with contextlib.suppress(OSError):
             print(f"{Path(sys.argv[0]).name}{rank}: {message}", file=sys.stderr, flush=True)
-    # torchrun turns any other status into 1 and prints a traceback. It must do so only on the node
+    # torchrun turns any status but 0 into 1 and prints a traceback. It must do so only on the node
     # of the rank that failed: by that the job file tells an error from a lost node.
     if status in (STOPPED, LEFT_ALONE) and launched():
         status = 0
@@ -202,8 +211,8 @@ def bounded(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[
 
     def convert(text: str) -> float:
         value = kind(text)
-        if not math.isfinite(value) or not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text} is not within {minimum} and {maximum}")
+        if not minimum <= value <= maximum or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
         return value
 
     convert.__name__ = "whole number" if kind is int else "number"  # for argparse's message
@@ -280,8 +289,11 @@ def load_tensors(path: Path | str) -> dict:
         return content
     except Refused as error:
         raise DamagedFile(f"{path}: {error}") from error
-    # A damaged file can raise anything. An OSError is about the disk, unless it is a bad sector.
+    # A damaged file can raise anything. With an errno it is the disk, unless that is EIO, which
+    # comes of a bad sector.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(f"{path}: asks for more memory than there is") from error
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
             raise UserError(f"{path}: cannot be read ({error.strerror.lower()})") from error
         raise DamagedFile(f"{path}: not a PyTorch file, or a damaged one "
@@ -400,7 +412,7 @@ class Runtime(NamedTuple):
         return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
 
     def autocast(self) -> torch.autocast:
-        """Return the context manager for the forward pass and the loss."""
+        """Return the context manager for the forward pass."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
 
@@ -411,14 +423,14 @@ class Runtime(NamedTuple):
     def place(self, model: nn.Module, batch_size: int = 0) -> nn.Module:
         """Move `model` to the device, and compile it in place; its state_dict stays the same.
 
-        Each rank normalises its own images, if its share of `batch_size` is large enough.
+        Batch norm is of each rank's own images, if its share of `batch_size` is large enough.
         """
         # SyncBatchNorm, made in place, waits for the device three times a layer, so it is used
         # only if a rank has few images. The CPU does not have it.
         is_few = self.ranks > 1 and 0 < batch_size < FEW_IMAGES * self.ranks
         if self.device.type == "cuda" and is_few:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # Batch norms count their batches; on the host that launches no kernel.
+        # Batch norms count their batches: on the host, without a kernel, unless compiled.
         counters = [(module, module.num_batches_tracked) for module in model.modules()
                     if hasattr(module, "num_batches_tracked")]
         model.to(self.device, memory_format=torch.channels_last)

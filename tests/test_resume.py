@@ -368,6 +368,28 @@ def test_without_a_whole_checkpoint_nothing_starts(whole, stopped, tmp_path, dam
     assert remedy in process.stderr
 
 
+def run_out_of_memory(where: str) -> None:
+    """Have what reads a checkpoint, or what takes its weights, find no memory."""
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    if where == "reading":
+        torch.load = fail
+    else:
+        torch.nn.Module.load_state_dict = fail
+
+
+@pytest.mark.parametrize("where, says", [
+    ("reading", "asks for more memory than there is"), ("taking", "out of memory")])
+def test_a_checkpoint_that_does_not_fit_in_memory_is_not_replaced(whole, stopped, where, says):
+    before = contents(stopped)
+    process = whole("train_resnet").script(
+        stopped, before=functools.partial(run_out_of_memory, where))
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
+    assert says in process.stderr
+    assert contents(stopped) == before
+
+
 def test_other_settings_or_images_are_refused_by_name(whole, stopped, tmp_path, arrays):
     run, before = whole("train_resnet"), contents(stopped)
     process = run.script(stopped, "--lr", 0.2, "--seed", 5)

@@ -272,10 +272,10 @@ def test_a_run_whose_last_step_diverges_is_not_saved(small, tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--epochs", "0"], "--epochs: 0 is not within 1 and inf"),
+    (["--epochs", "0"], "--epochs: 0 is not between 1 and inf"),
     (["--epochs", "many"], "--epochs: invalid whole number value: 'many'"),
-    (["--lr", "nan"], "--lr: nan is not within"),
-    (["--label-smoothing", "1.1"], "--label-smoothing: 1.1 is not within 0 and 1"),
+    (["--lr", "nan"], "--lr: nan is not between"),
+    (["--label-smoothing", "1.1"], "--label-smoothing: 1.1 is not between 0 and 1"),
     (["--batchsize", "3"], "--batchsize 3; --batchsize: do you mean --batch-size? (--help"),
     (["--epoch=3"], "--epoch=3; --epoch: do you mean --epochs? (--help"),
     (["--wd", "0.1", "-j8"], "--wd: here --weight-decay; -j8: not needed, for the data are on the"),
@@ -293,7 +293,7 @@ def test_a_run_whose_last_step_diverges_is_not_saved(small, tmp_path):
     (["--output-dir", "file"], "is a file"),
     (["--output-dir", "file/below"], "file/below: cannot be written"),
     (["--output-dir", "/proc/none"], "/proc/none: cannot be written"),
-    (["--max-minutes", "0"], "--max-minutes: 0 is not within"),
+    (["--max-minutes", "0"], "--max-minutes: 0 is not between"),
     (["--data-dir", "file", "--dataset", "cifar100"], "file: not an HDF5 file, and not a whole"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, flags, says):

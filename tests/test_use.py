@@ -197,7 +197,7 @@ def test_a_model_predicts_the_classes_of_its_run(run_dir, use, pictures, tmp_pat
         config.write_text(json.dumps({**json.loads(config.read_text()), "classes": names}))
     else:
         config.unlink()
-    flags = ["--predict", pictures / "0.png", "--output-dir", output_dir]
+    flags = [f"--predict={pictures / '0.png'}", "--output-dir", output_dir]
     stdout, log = use("train_resnet", *flags)
     rows = list(csv.DictReader(io.StringIO(stdout)))
     assert {row["class"] for row in rows} < set(names if has_config else data.CLASS_NAMES)

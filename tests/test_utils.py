@@ -37,13 +37,16 @@ def test_what_can_go_wrong_is_one_line_and_a_status(error, line, status):
     assert utils.explain(error) == (line, status)
 
 
-@pytest.mark.parametrize("flag", ["--eval-only", "--predict"])
-def test_a_finished_model_that_does_not_fit_the_gpu_is_not_blamed_on_the_batch_size(
-        monkeypatch, flag):
+@pytest.mark.parametrize("flag", ["--eval-only", "--predict", "--predict=tiger.jpg"])
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory: try --device cpu"),
+    (MemoryError(), "out of memory"),
+])
+def test_a_finished_model_that_does_not_fit_is_not_blamed_on_the_batch_size(
+        monkeypatch, flag, error, line):
     """Which is that of training, and changes nothing here."""
     monkeypatch.setattr(sys, "argv", ["train_resnet.py", flag])
-    error = torch.OutOfMemoryError("CUDA out of memory.")
-    assert utils.explain(error) == ("out of GPU memory: try --device cpu", 2)
+    assert utils.explain(error) == (line, 2)
 
 
 def test_a_fault_of_the_code_is_not_explained_away():
@@ -71,8 +74,14 @@ def test_a_number_within_its_bounds_is_read(kind, text, value):
 
 @pytest.mark.parametrize("text", ["0.99", "9.01", "nan", "inf", "-inf"])
 def test_a_number_outside_its_bounds_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not within 1 and 9"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not between 1 and 9"):
         utils.bounded(float, 1, 9)(text)
+
+
+def test_a_whole_number_beyond_all_floats_is_compared_too():
+    with pytest.raises(argparse.ArgumentTypeError, match="is not between 0 and 9"):
+        utils.bounded(int, 0, 9)("9" * 400)
+    assert utils.bounded(int, 0)("9" * 400) == int("9" * 400)
 
 
 @pytest.mark.parametrize("kind, text, name", [(int, "2.5", "whole number"), (float, "x", "number")])
@@ -121,6 +130,20 @@ def test_a_file_of_tensors_that_cannot_be_opened_is_not_called_damaged(tmp_path,
     with pytest.raises(UserError, match=says) as caught:
         utils.load_tensors(tmp_path / name)
     assert type(caught.value) is UserError and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_a_file_that_does_not_fit_in_memory_is_not_called_damaged(tmp_path, monkeypatch, error):
+    """Else a resumed run would put the checkpoint before it in its place."""
+    def fail(*_, **__):
+        raise error
+
+    utils.save_tensors(tmp_path / "state.pt", STATE)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match="asks for more memory than there is") as caught:
+        utils.load_tensors(tmp_path / "state.pt")
+    assert type(caught.value) is UserError
 
 
 class Call:
