@@ -128,7 +128,8 @@ def check(dataset: Dataset) -> None:
 def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:
     """Draw a CIFAR-100-shaped set of 100 classes: 10 hues times 10 plaids, at random phases.
 
-    It is always the same, also when flipped. A number obtained on it says only that the code works.
+    Every call returns the same set, and a flip keeps the class. A number obtained on it says only
+    that the code works.
     """
     generator = torch.Generator().manual_seed(100)
     angles = torch.arange(10) * (2 * torch.pi / 10)
@@ -218,8 +219,8 @@ class Batches:
             centres = 32 * torch.rand(2, count, generator=generator)
             edges = torch.cat([centres - sides / 2, centres + sides / 2])  # (4, count)
             draws += [order.roll(1), *edges.round().clamp(0, 32).long()]
-        columns = torch.stack(draws).to(self.images.device)
-        for batch in columns.split(self.batch_size, dim=1)[start:]:
+        draws = torch.stack(draws).to(self.images.device)  # (3, or with boxes 8, count)
+        for batch in draws.split(self.batch_size, dim=1)[start:]:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
             share = share if weight else batch[:, :1]
@@ -267,8 +268,9 @@ def epoch_seed(*numbers: int) -> int:
 def pictures(paths: list[Path]) -> tuple[Tensor, list[Path]]:
     """Return the user's own pictures, uint8 (N, 3, 32, 32), and their files.
 
-    `paths` are files that pillow reads, or folders of some. Turned as the camera says, the largest
-    square in the middle becomes 32 x 32. Raises UserError if there is none, or one is unreadable.
+    `paths` are files that pillow reads, or folders of them. Each picture is turned by its EXIF tag,
+    and its largest middle square becomes 32 x 32. Raises UserError if a folder holds none, or one
+    is unreadable.
     """
     files = []
     for path in paths:
@@ -480,7 +482,7 @@ def _check_split(images: np.ndarray, labels: np.ndarray, name: str, path: Path) 
         raise UserError(f"{where} images are {images.dtype} {images.shape}, not uint8 of shape "
                         "(N, 3, 32, 32)")
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
-        raise UserError(f"{where} labels are {labels.dtype} {labels.shape}, not whole ({count},)")
+        raise UserError(f"{where} labels are {labels.dtype} {labels.shape}, not {count} integers")
     if labels.min() < 0 or labels.max() >= CLASSES:
         raise UserError(f"{where} labels span {labels.min()}..{labels.max()}, not 0..{CLASSES - 1}")
     labels = labels.astype(np.int64)
@@ -501,7 +503,7 @@ def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
     run and in the next. Raises UserError if the download is not `allowed`, fails, or gives a file
     of another md5.
     """
-    is_new = "" if data_dir.exists() else ", which did not exist"
+    note = "" if data_dir.exists() else ", which did not exist"
     partial = data_dir / "cifar-100.tar.gz.part"
     names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
     with guard(f"CIFAR-100 is not in {data_dir}, and was not downloaded from {url}",
@@ -516,7 +518,7 @@ def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
                     time.sleep(0.1)
             if found := find(data_dir):
                 return found
-            log.info(f"download   {url} to {data_dir.resolve()}{is_new}")
+            log.info(f"download   {url} to {data_dir.resolve()}{note}")
             # What is there may be a part of another file: then start afresh, once.
             for _ in range(2 if partial.exists() else 1):
                 _complete(partial, url)

@@ -42,14 +42,14 @@ def parse_args() -> argparse.Namespace:
     recipe = parser.add_recipe
     recipe("--epochs", type=bounded(int, 1), default=4, metavar="N",
         help="passes over the training set; the schedule is stretched to fit")
-    # 100 divides 50,000 and 45,000, so every batch is full: another size is compiled anew.
+    # 100 divides 50,000 and 45,000: a last batch of another size would be compiled anew.
     recipe("--batch-size", type=bounded(int, 2), default=100, metavar="N",
         help="images per optimizer step")
     # Chosen on --val-size 5000; at 0.01 the pre-trained features are lost.
     recipe("--lr", type=bounded(float, 1e-9), default=0.003, metavar="LR",
         help=f"peak learning rate of the pre-trained layers; the head's is {HEAD_RATE} times that")
     recipe("--weight-decay", type=bounded(float, 0), default=5e-4, metavar="WD",
-        help="weight decay; each step shrinks all weights by the rate x WD")
+        help="weight decay of all weights")
     recipe("--image-size", type=bounded(int, 32), default=224, metavar="PIXELS",
         help="side to which the images are up-sampled; the weights were trained at 224")
     recipe("--low-res", type=bounded(float, 0, 1), default=0.5, metavar="F",

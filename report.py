@@ -210,7 +210,7 @@ def describe_code() -> dict:
     here = Path(__file__).resolve().parent
     files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
              if getattr(module, "__file__", None)}
-    # Those of sub-folders, too, but for an environment's; the script itself may lie elsewhere.
+    # Sub-folders count, but for an environment. The script itself may lie outside `here`.
     own = {file for file in files.values() if file.is_file() and file.is_relative_to(here)
            and not {"tests", "site-packages", f"python3.{sys.version_info.minor}"}
            & set(file.relative_to(here).parts)}
@@ -234,7 +234,7 @@ def name_of_code(code: dict | None) -> str:
 
 
 def code_has_changed(before: dict | None, now: dict) -> str:
-    """Return the note that the code of `before`, of a run or a model, is not today's, or ""."""
+    """Return a note if `before`, the code of a run or a model, is not today's, else ""."""
     if before and before["modules"].endswith(now["modules"]):
         return ""
     was, is_now = (f"{name_of_code(code)} ({code['modules']})" if code else "unknown code"
@@ -514,7 +514,7 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     metrics = score(logits, labels)
     log.info(f"test loss {metrics.loss:.3f} acc {metrics.accuracy:6.2%} top5 {metrics.top5:6.2%}  "
              f"({metrics.images:,} {dataset.name} images)")
-    # Not argmax: this breaks ties as `score` does: logits computed in bf16 hold some.
+    # Break ties as `score` does, unlike argmax: logits computed in bf16 hold some.
     taken, confidence = top5(logits).indices[:, 0], logits.softmax(1).amax(1)
     classes = logits.shape[1]
     pairs = torch.bincount(labels * classes + taken, minlength=classes**2)

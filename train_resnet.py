@@ -42,16 +42,16 @@ def parse_args() -> argparse.Namespace:
     recipe = parser.add_recipe
     recipe("--epochs", type=bounded(int, 1), default=20, metavar="N",
         help="passes over the training set; the schedule is stretched to fit")
-    # 250 divides 50,000 and 45,000, so every batch is full: another size is compiled anew.
+    # 250 divides 50,000 and 45,000: a last batch of another size would be compiled anew.
     recipe("--batch-size", type=bounded(int, 2), default=250, metavar="N",
         help="images per optimizer step")
     recipe("--optimizer", choices=tuple(CHOSEN), default="muon",
         help="muon: Muon for the convolutions, SGD for the rest; sgd: SGD for all")
     recipe("--lr", type=bounded(float, 1e-9), metavar="LR",
-        help="peak learning rate; with muon only of the convolutions, for the rest has its own "
+        help="peak learning rate; with muon that of the convolutions, the rest has a fixed one "
              f"(default: {CHOSEN['muon'][0]}, for sgd {CHOSEN['sgd'][0]})")
     recipe("--weight-decay", type=bounded(float, 0), metavar="WD",
-        help="weight decay; each step shrinks the weights by the rate x WD "
+        help="weight decay of the convolutions, with sgd also of the head's matrix "
              f"(default: {CHOSEN['muon'][1]}, for sgd {CHOSEN['sgd'][1]})")
     recipe("--low-res", type=bounded(float, 0, 1), default=0.5, metavar="F",
         help=f"fraction of the epochs, the first, that train on {LOW_SIZE} x {LOW_SIZE} images, "
@@ -72,8 +72,8 @@ class Muon(torch.optim.SGD):
     In a group with the key "muon" (the momentum), the gradient of each convolution (out, in, k, k)
     becomes a nearly orthogonal matrix (out, in k k), with no factor for its shape. All other groups
     are plain SGD. The orthogonalisation computes in `dtype`, and unlike torch.optim.Muon for many
-    matrices at once: for all of a shape, or with `pad` for all of as many rows, the narrower ones
-    padded with zeros. That is more arithmetic in fewer kernels, which is faster on a GPU alone.
+    matrices at once: all of one shape, or with `pad` all that have the same number of rows, the
+    narrower ones padded with zeros: more arithmetic in fewer kernels, faster only on a GPU.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False):
@@ -122,9 +122,9 @@ class Muon(torch.optim.SGD):
         rows, widest = len(grads[0]), max(map(len, parts))
         if (widest, rows) not in self.zeros:
             self.zeros[widest, rows] = parts[0].new_zeros(widest, rows)
-        padded = [(part, self.zeros[widest, rows][: widest - len(part)]) for part in parts]
-        matrices = torch.cat([half for pair in padded for half in pair])
-        matrices = matrices.view(-1, widest, rows).mT  # (N, out, widest)
+        zeros = self.zeros[widest, rows]
+        pieces = [piece for part in parts for piece in (part, zeros[: widest - len(part)])]
+        matrices = torch.cat(pieces).view(-1, widest, rows).mT  # (N, out, widest)
         matrices = orthogonalize(matrices, self.dtype).to(grads[0].dtype)
         return [matrix[:, : len(part)].view(grad.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
                 for matrix, part, grad in zip(matrices, parts, grads, strict=True)]
@@ -164,7 +164,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Ru
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         others = matrices if parameter.ndim > 1 else vectors
         (convolutions if parameter in kernels else others).append(parameter)
-    sgd = {"kind": "SGD", "momentum": MOMENTUM, "nesterov": True}
+    sgd = {"momentum": MOMENTUM, "nesterov": True}
     mine = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.optimizer == "sgd":
         groups = [{"params": convolutions + matrices, **mine, **sgd},
