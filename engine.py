@@ -412,7 +412,7 @@ class Run:
             raise
         except Exception as error:  # what is no checkpoint can raise anything
             if utils.is_out_of_memory(error):
-                raise
+                raise UserError(f"{path}: asks for more memory than there is") from error
             reason = f"not a whole checkpoint of this script ({utils.one_line(error)[:200]})"
             raise utils.DamagedFile(f"{path}: {reason}") from error
 

@@ -170,8 +170,9 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the host's memory did not suffice."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Return whether memory did not suffice; torch says so in RuntimeErrors of several kinds."""
+    return isinstance(error, MemoryError) or bool(
+        re.search("can't allocate memory|out of memory", str(error)))
 
 
 def _exit_with(message: str, status: int) -> NoReturn:
@@ -211,7 +212,7 @@ def bounded(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[
 
     def convert(text: str) -> float:
         value = kind(text)
-        if not minimum <= value <= maximum or value == math.inf:
+        if not minimum <= value <= maximum or value > sys.float_info.max:
             raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
         return value
 
@@ -278,10 +279,11 @@ def load_tensors(path: Path | str) -> dict:
 
     Raises UserError if it cannot be read, and DamagedFile if it is not whole or not a plain dict.
     """
+    has_checksums = False
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _check_tensors(file)
+            has_checksums = _check_tensors(file)
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
@@ -289,10 +291,9 @@ def load_tensors(path: Path | str) -> dict:
         return content
     except Refused as error:
         raise DamagedFile(f"{path}: {error}") from error
-    # A damaged file can raise anything. With an errno it is the disk, unless that is EIO, which
-    # comes of a bad sector.
+    # A damaged file can raise anything. An errno is about the disk, save EIO, of a bad sector.
     except Exception as error:
-        if is_out_of_memory(error):
+        if has_checksums and is_out_of_memory(error):
             raise UserError(f"{path}: asks for more memory than there is") from error
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
             raise UserError(f"{path}: cannot be read ({error.strerror.lower()})") from error
@@ -300,13 +301,16 @@ def load_tensors(path: Path | str) -> dict:
                           f"({type(error).__name__})") from error
 
 
-def _check_tensors(file: io.BufferedReader) -> None:
-    """Verify checksums, which torch.load does not, before anything is unpacked or believed."""
+def _check_tensors(file: io.BufferedReader) -> bool:
+    """Verify checksums, which torch.load does not, before anything is unpacked or believed.
+
+    Return whether there are any; where there are none, a damaged length can ask for any memory.
+    """
     if not file.peek(4).startswith(b"PK\x03\x04"):
         # The format before PyTorch 1.6: five pickles, then the numbers.
         for _ in range(5):
             check_pickle(file, TENSOR_GLOBALS)
-        return
+        return False
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         names = {entry.filename.lower() for entry in entries}
@@ -319,6 +323,7 @@ def _check_tensors(file: io.BufferedReader) -> None:
         for name in archive.namelist():
             if name.lower().endswith(".pkl"):
                 check_pickle(io.BytesIO(archive.read(name)), TENSOR_GLOBALS)
+    return True
 
 
 def check_pickle(file: BinaryIO, allowed: re.Pattern) -> None:
@@ -423,7 +428,7 @@ class Runtime(NamedTuple):
     def place(self, model: nn.Module, batch_size: int = 0) -> nn.Module:
         """Move `model` to the device, and compile it in place; its state_dict stays the same.
 
-        Batch norm is of each rank's own images, if its share of `batch_size` is large enough.
+        Batch norm uses each rank's own images, if its share of `batch_size` is large enough.
         """
         # SyncBatchNorm, made in place, waits for the device three times a layer, so it is used
         # only if a rank has few images. The CPU does not have it.

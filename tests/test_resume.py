@@ -379,14 +379,13 @@ def run_out_of_memory(where: str) -> None:
         torch.nn.Module.load_state_dict = fail
 
 
-@pytest.mark.parametrize("where, says", [
-    ("reading", "asks for more memory than there is"), ("taking", "out of memory")])
-def test_a_checkpoint_that_does_not_fit_in_memory_is_not_replaced(whole, stopped, where, says):
+@pytest.mark.parametrize("where", ["reading", "taking"])
+def test_a_checkpoint_that_does_not_fit_in_memory_is_not_replaced(whole, stopped, where):
     before = contents(stopped)
     process = whole("train_resnet").script(
         stopped, before=functools.partial(run_out_of_memory, where))
     assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
-    assert says in process.stderr
+    assert "checkpoint.pt: asks for more memory than there is\n" in process.stderr
     assert contents(stopped) == before
 
 
