@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     recipe("--optimizer", choices=tuple(CHOSEN), default="muon",
         help="muon: Muon for the convolutions, SGD for the rest; sgd: SGD for all")
     recipe("--lr", type=bounded(float, 1e-9), metavar="LR",
-        help="peak learning rate; with muon that of the convolutions, the rest has a fixed one "
+        help=f"peak learning rate; with muon of the convolutions alone, the rest has {OTHER_LR} "
              f"(default: {CHOSEN['muon'][0]}, for sgd {CHOSEN['sgd'][0]})")
     recipe("--weight-decay", type=bounded(float, 0), metavar="WD",
         help="weight decay of the convolutions, with sgd also of the head's matrix "
@@ -73,7 +73,7 @@ class Muon(torch.optim.SGD):
     becomes a nearly orthogonal matrix (out, in k k), with no factor for its shape. All other groups
     are plain SGD. The orthogonalisation computes in `dtype`, and unlike torch.optim.Muon for many
     matrices at once: all of one shape, or with `pad` all that have the same number of rows, the
-    narrower ones padded with zeros: more arithmetic in fewer kernels, faster only on a GPU.
+    narrower ones padded with zeros (more arithmetic in fewer kernels, faster only on a GPU).
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False):
