@@ -171,8 +171,8 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory did not suffice; torch says so in RuntimeErrors of several kinds."""
-    return isinstance(error, MemoryError) or bool(
-        re.search("can't allocate memory|out of memory", str(error)))
+    text = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
 
 
 def _exit_with(message: str, status: int) -> NoReturn:
