@@ -14,7 +14,7 @@ import utils
 
 def pytest_addoption(parser):
     """Add --kills."""
-    parser.addoption("--kills", type=int, default=26, help="SIGKILLs of the marked kill test")
+    parser.addoption("--kills", type=int, default=10, help="SIGKILLs of the marked kill test")
 
 
 def pytest_configure():

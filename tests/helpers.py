@@ -68,7 +68,7 @@ def call(function: Callable, *arguments, cwd: Path = ROOT, before: Callable | No
     """Call a module's function in a process of its own; return status and text output.
 
     There `before` is called first, in the directory `cwd`. Killed after `kill_after` seconds, if
-    given; else it must end within 300.
+    given; else it must end within 900, which is long even on slow cores.
     """
     texts = Path(tempfile.mkdtemp())
     for name in ("stdout", "stderr"):
@@ -76,7 +76,7 @@ def call(function: Callable, *arguments, cwd: Path = ROOT, before: Callable | No
     try:
         process = _CONTEXT.Process(target=_begin, args=(texts, cwd, before, function, arguments))
         process.start()
-        process.join(300 if kill_after is None else kill_after)
+        process.join(900 if kill_after is None else kill_after)
         hangs = process.is_alive() and kill_after is None
         process.kill()
         process.join()
