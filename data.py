@@ -36,7 +36,6 @@ Stats = tuple[tuple[float, ...], tuple[float, ...]]
 CIFAR100_STATS = (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_PADDING = 4  # pixels on each side before the random crop, He et al. 2015, section 4.2
-OFFSETS = 2 * CROP_PADDING + 1  # of a crop, in each direction
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -157,11 +156,12 @@ class Batches:
 
     Images come normalised by `stats` and resized (bilinear) to `size` x `size` pixels, without
     worker processes, a copy of the set at that size, or host-device synchronisation in between.
+    Before a random crop they are padded by `padding` pixels on each side, by reflection.
     Iterating yields images (B, 3, size, size) and labels (B,) in the order of the split.
     """
 
     def __init__(self, split: Split, batch_size: int, stats: Stats, runtime: Runtime,
-                 size: int = 32, classes: int = CLASSES):
+                 size: int = 32, classes: int = CLASSES, padding: int = CROP_PADDING):
         device = runtime.device
         # A pixel's channels lie side by side, as the convolutions want them.
         images = split.images.contiguous(memory_format=torch.channels_last)
@@ -174,9 +174,10 @@ class Batches:
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
         self.scale, self.shift = 1 / (255 * std), -mean / std
         # The rows, or columns, that each offset of a crop takes, and then the same ones flipped.
-        padded = np.pad(np.arange(32), CROP_PADDING, mode="reflect")
+        padded = np.pad(np.arange(32), padding, mode="reflect")
         crops = torch.tensor(padded).unfold(0, 32, 1)
-        self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x OFFSETS, 32)
+        self.offsets = len(crops)  # in each direction
+        self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x offsets, 32)
         eager = self._augment_eagerly
         self._augment = torch.compile(eager, dynamic=False) if runtime.compile else eager
 
@@ -209,9 +210,9 @@ class Batches:
         count = len(self.labels)
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(count, generator=generator)
-        down, right = torch.randint(OFFSETS, (2, count), generator=generator)
+        down, right = torch.randint(self.offsets, (2, count), generator=generator)
         flips = torch.randint(2, (count,), generator=generator)
-        draws = [order, down, right + OFFSETS * flips]
+        draws = [order, down, right + self.offsets * flips]
         if cutmix:
             # The box's area is uniform in 0..1 of the image's; what sticks out is cut off.
             sides = 32 * torch.rand(count, generator=generator).sqrt()

@@ -22,7 +22,8 @@ import utils
 
 cuda, slow = pytest.mark.cuda, pytest.mark.slow
 PRECISIONS = tuple(utils.PRECISIONS)
-SMALL = {"train_resnet": [], "finetune_resnet18": ["--weights", "random", "--image-size", "64"]}
+SMALL = {"train_resnet": ["--dropout", "0.1"],
+         "finetune_resnet18": ["--weights", "random", "--image-size", "64"]}
 both = pytest.mark.parametrize("name", SMALL)
 on_both_devices = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=[cuda, needs_cuda])])

@@ -338,26 +338,29 @@ def test_cutmix_pastes_a_box_of_another_image_and_mixes_the_labels_by_its_area(r
     assert 35 < whole < 65
 
 
-@pytest.mark.parametrize("flip", [0, 1])
-def test_the_gather_equals_reflect_padding_crop_and_flip(runtime, flip):
+@pytest.mark.parametrize("flip, padding", [(0, 4), (1, 4), (1, 2), (0, 0)])
+def test_the_gather_equals_reflect_padding_crop_and_flip(runtime, flip, padding):
     split = data.synthetic(1, 1).train
-    batches = data.Batches(split, 10, PLAIN, runtime)
-    padded = F.pad(split.images.float(), (4, 4, 4, 4), mode="reflect").byte()
+    batches = data.Batches(split, 10, PLAIN, runtime, padding=padding)
+    padded = F.pad(split.images.float(), [padding] * 4, mode="reflect").byte()
     chosen, ones = torch.tensor([3, 99, 0]), torch.ones(3, dtype=torch.long)
-    for down in range(9):
-        for right in range(9):
+    offsets = 2 * padding + 1
+    for down in range(offsets):
+        for right in range(offsets):
             expected = padded[chosen, :, down : 32 + down, right : 32 + right]
             expected = expected.flip(3) if flip else expected
-            got = batches._augment(chosen, down * ones, (right + 9 * flip) * ones, 32)
+            got = batches._augment(chosen, down * ones, (right + offsets * flip) * ones, 32)
             assert got.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal((255 * got).round().byte(), expected)
 
 
-def test_crops_and_flips_differ_from_image_to_image(runtime):
+@pytest.mark.parametrize("padding", [1, 4])
+def test_crops_and_flips_differ_from_image_to_image(runtime, padding):
     ramp = torch.arange(32, dtype=torch.uint8).expand(100, 3, 32, 32)
-    batches = data.Batches(data.Split(ramp, torch.arange(100)), 100, PLAIN, runtime)
-    images, *_ = next(batches.shuffled(0, 0))
-    assert len(torch.unique(images[:, 0, 0], dim=0)) == 18  # 9 offsets, flipped or not
+    split = data.Split(ramp, torch.arange(100))
+    images, *_ = next(data.Batches(split, 100, PLAIN, runtime, padding=padding).shuffled(0, 0))
+    offsets = 2 * padding + 1
+    assert len(torch.unique(images[:, 0, 0], dim=0)) == 2 * offsets  # flipped or not
 
 
 @pytest.mark.parametrize("cutmix", [0, 0.5])

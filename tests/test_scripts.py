@@ -163,8 +163,9 @@ def test_overwrite_begins_anew(small, name, tmp_path):
 
 @pytest.mark.parametrize("name, flag, value", [
     ("train_resnet", "--cutmix", 1), ("train_resnet", "--dropout", 0.5),
+    ("train_resnet", "--crop-padding", 9),
     pytest.param("finetune_resnet18", "--cutmix", 1, marks=slow)])
-def test_cutmix_and_dropout_change_what_is_learnt(small, tmp_path, name, flag, value):
+def test_regularisation_changes_what_is_learnt(small, tmp_path, name, flag, value):
     heads = []
     for flags in ([], [flag, value]):
         output_dir = tmp_path / str(len(heads))
@@ -342,6 +343,18 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
         "data_dir", "data_url", "no_download", "output_dir", "resume", "overwrite", "eval_only",
         "predict", "compare", "tensorboard", "debug", "device", "compile", "checkpoint_minutes",
         "max_minutes"}
+
+
+@pytest.mark.parametrize("epochs, chosen", [
+    (1, train_resnet.SHORT_RUN), (10, train_resnet.SHORT_RUN), (11, train_resnet.LONG_RUN)])
+def test_the_regularisation_fits_the_length_unless_it_is_given(parse, epochs, chosen):
+    _, args = parse("train_resnet", "--epochs", epochs)
+    assert chosen.items() <= vars(args).items()
+    given = {"crop_padding": 0, "dropout": 0.5}
+    assert given.keys() == chosen.keys()
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in given.items()]
+    _, args = parse("train_resnet", "--epochs", epochs, *sum(flags, ()))
+    assert given.items() <= vars(args).items()
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])
