@@ -156,7 +156,8 @@ class Batches:
 
     Images come normalised by `stats` and resized (bilinear) to `size` x `size` pixels, without
     worker processes, a copy of the set at that size, or host-device synchronisation in between.
-    Before a random crop they are padded by `padding` pixels on each side, by reflection.
+    A random crop is one of 32 x 32 pixels out of the image padded by `padding` pixels on each side,
+    by reflection; resizing follows.
     Iterating yields images (B, 3, size, size) and labels (B,) in the order of the split.
     """
 
@@ -176,7 +177,7 @@ class Batches:
         # The rows, or columns, that each offset of a crop takes, and then the same ones flipped.
         padded = np.pad(np.arange(32), padding, mode="reflect")
         crops = torch.tensor(padded).unfold(0, 32, 1)
-        self.offsets = len(crops)  # in each direction
+        self.offsets = len(crops)  # how many a crop has in each direction
         self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x offsets, 32)
         eager = self._augment_eagerly
         self._augment = torch.compile(eager, dynamic=False) if runtime.compile else eager

@@ -388,7 +388,7 @@ class Run:
             script, before, now = state["script"], state["settings"], self.config["settings"]
             if script != self.config["script"]:
                 raise UserError(f"{path}: written by {script}.py; {utils.wording(*ELSEWHERE)}")
-            # A checkpoint from before a flag was added is of a run with the flag's default.
+            # A checkpoint from before a flag was added lacks it; `recipe` says what it stood for.
             before = self.args.recipe | before
             changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
                        for name in self.args.recipe if now[name] != before[name]]

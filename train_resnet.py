@@ -28,8 +28,9 @@ SIZE = 32  # pixels
 LOW_SIZE = 20  # pixels; takes 0.4 x the arithmetic of 32, and the stages accept any size
 # Peak learning rate and weight decay, both chosen on --val-size 5000.
 CHOSEN = {"muon": (0.1, 0.005), "sgd": (0.2, 5e-4)}
-SHORT = 10  # epochs; so short a run does not overfit, and takes less regularisation
-SHORT_RUN = {"crop_padding": 2, "dropout": 0.0}  # chosen at 5 epochs on --val-size 5000
+# Regularisation by --epochs; that of short runs was chosen at 5 epochs on --val-size 5000.
+SHORT_EPOCHS = 10  # the longest run that counts as short
+SHORT_RUN = {"crop_padding": 2, "dropout": 0.0}
 LONG_RUN = {"crop_padding": data.CROP_PADDING, "dropout": 0.1}
 MOMENTUM = 0.9  # of Muon and of SGD, in Nesterov's form
 # Beside Muon: the peak rate of batch norms and head, and the decay of the head's matrix, as usual
@@ -61,25 +62,26 @@ def parse_args() -> argparse.Namespace:
              "twice as fast (progressive resizing)")
     recipe("--dropout", type=bounded(float, 0, 1), metavar="P",
         help="probability with which training zeroes an output of conv1 "
-             f"({of_length('dropout')})")
-    recipe("--crop-padding", type=bounded(int, 0, 31), metavar="PIXELS",
-        help="how far at most a random crop moves an image to each side "
-             f"({of_length('crop_padding')})")
+             f"({default_by_length('dropout')})")
+    # Reflection does not repeat the pixels of the edge.
+    recipe("--crop-padding", type=bounded(int, 0, SIZE - 1), metavar="PIXELS",
+        help="by how much a random crop moves an image at most, in each direction "
+             f"({default_by_length('crop_padding')})")
     parser.add_shared_recipe()
     args = parser.read()
-    # Checkpoints that are older than these flags know only this.
-    args.recipe |= LONG_RUN
+    args.recipe |= LONG_RUN  # what runs from before these two flags were trained with
     lr, decay = CHOSEN[args.optimizer]
-    chosen = SHORT_RUN if args.epochs <= SHORT else LONG_RUN
+    chosen = SHORT_RUN if args.epochs <= SHORT_EPOCHS else LONG_RUN
     for name, value in {**chosen, "lr": lr, "weight_decay": decay}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
 
 
-def of_length(name: str) -> str:
-    """Return in words what a setting is by default, in runs of different lengths."""
-    return f"default: {SHORT_RUN[name]:g} up to {SHORT} epochs, else {LONG_RUN[name]:g}"
+def default_by_length(name: str) -> str:
+    """Return in words what a setting is by default."""
+    return (f"default: {SHORT_RUN[name]:g} with --epochs up to {SHORT_EPOCHS}, "
+            f"else {LONG_RUN[name]:g}")
 
 
 class Muon(torch.optim.SGD):

@@ -22,6 +22,7 @@ import utils
 
 cuda, slow = pytest.mark.cuda, pytest.mark.slow
 PRECISIONS = tuple(utils.PRECISIONS)
+# Dropout draws random numbers in each step, with which a resumed run must go on.
 SMALL = {"train_resnet": ["--dropout", "0.1"],
          "finetune_resnet18": ["--weights", "random", "--image-size", "64"]}
 both = pytest.mark.parametrize("name", SMALL)

@@ -15,7 +15,7 @@ from helpers import result
 from slurm_cluster import ended, log_of, make_checkout, submit, wait_for
 
 pytestmark = pytest.mark.slow
-FLAGS = ["--device", "cpu", "--batch-size", 8, "--epochs", 8]
+FLAGS = ["--device", "cpu", "--batch-size", 8, "--epochs", 8, "--dropout", 0.1]
 NOTICED = 120  # seconds, within which a job must have noticed that a node is lost
 
 # Each rank has one core, as if its node had no more. The first start finds a slow disk, so it is

@@ -20,7 +20,7 @@ import engine
 import report
 import utils
 
-# All that draws random numbers, and the padding of checkpoints that are older than its flag.
+# With all that draws random numbers. Before --crop-padding there was, images were padded by 4.
 SMALL = {"train_resnet": ["--cutmix", "0.5", "--dropout", "0.1", "--crop-padding", "4"],
          "finetune_resnet18": ["--weights", "random", "--image-size", "32"]}
 KILLS = ("clock", "batch", "torn", "whole", "renamed")

@@ -346,15 +346,14 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
 
 
 @pytest.mark.parametrize("epochs, chosen", [
-    (1, train_resnet.SHORT_RUN), (10, train_resnet.SHORT_RUN), (11, train_resnet.LONG_RUN)])
+    (1, {"crop_padding": 2, "dropout": 0}), (10, {"crop_padding": 2, "dropout": 0}),
+    (11, {"crop_padding": 4, "dropout": 0.1}), (20, {"crop_padding": 4, "dropout": 0.1})])
 def test_the_regularisation_fits_the_length_unless_it_is_given(parse, epochs, chosen):
     _, args = parse("train_resnet", "--epochs", epochs)
     assert chosen.items() <= vars(args).items()
-    given = {"crop_padding": 0, "dropout": 0.5}
-    assert given.keys() == chosen.keys()
-    flags = [(f"--{name.replace('_', '-')}", value) for name, value in given.items()]
-    _, args = parse("train_resnet", "--epochs", epochs, *sum(flags, ()))
-    assert given.items() <= vars(args).items()
+    assert {"crop_padding": 4, "dropout": 0.1}.items() <= args.recipe.items(), "of old checkpoints"
+    _, args = parse("train_resnet", "--epochs", epochs, "--crop-padding", 0, "--dropout", 0.5)
+    assert (args.crop_padding, args.dropout) == (0, 0.5)
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])
