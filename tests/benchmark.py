@@ -202,7 +202,7 @@ def measure(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         # A warm-up, and a compilation where there is one.
-        seconds(task.run, 1, device)
+        seconds(task.run, 2, device)
         counts.append(max(1, round(args.seconds / seconds(task.run, 1, device))))
         column = f"{utils.peak_memory(device):9.2f} GB"
         if device.type == "cuda":
