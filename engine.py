@@ -37,6 +37,8 @@ SAVE_AFTER = 30  # seconds since the last save, from which on an epoch's end sav
 TELL_AFTER = 20  # seconds of one epoch's training, after which a log is told the time left
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 SIZE_POWER = 1.6  # a step's time grows with an image's side to this power; measured: 1.4 to 1.7
+# Fraction of the epochs, the last, without CutMix; so ends YOLOX, Ge et al. 2021, arXiv:2107.08430.
+UNMIXED = 0.3
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 # What a checkpoint holds of config.json, and of a Run.
 ORIGIN = ("script", "settings", "torch", "runtime", "data", "network", "code")
@@ -119,14 +121,19 @@ class Parser(argparse.ArgumentParser):
         """Add a flag on which the numbers depend; the keywords are those of add_argument."""
         self.recipe_names.append(self._recipe_group.add_argument(flag, **keywords).dest)
 
-    def add_shared_recipe(self) -> None:
-        """Add the flags of a recipe that mean the same in both scripts."""
+    def add_shared_recipe(self, cutmix_default: str | None = None) -> None:
+        """Add the recipe's flags of both scripts.
+
+        `cutmix_default` says in words what --cutmix is by default, which then the script sets.
+        """
         add = self.add_recipe
         add("--label-smoothing", type=bounded(float, 0, 1), default=0.1, metavar="P",
             help="probability spread over all classes in the training loss (Szegedy et al. 2016)")
-        add("--cutmix", type=bounded(float, 0, 1), default=0.0, metavar="P",
-            help="probability that a training image gets a box of another image, and a share of "
-                 "its label; meant for long runs, which overfit (Yun et al. 2019)")
+        add("--cutmix", type=bounded(float, 0, 1), default=None if cutmix_default else 0.0,
+            metavar="P", help="probability that a training image gets a box of another image and a "
+                              f"share of its label; off in the last {UNMIXED:g} of the epochs "
+                              "(Yun et al. 2019)"
+                              + (f" ({cutmix_default})" if cutmix_default else ""))
         add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, metavar="N",
             help="of initial weights, order, augmentation and dropout")
         add("--max-steps", type=bounded(int, 1), metavar="N",
@@ -693,6 +700,9 @@ def recipe_in_words(run: Run) -> dict[str, str]:
         epochs = f"epochs {first} to {first + count - 1}" if count > 1 else f"epoch {first}"
         sizes.append(f"{size}px in {epochs}")
     changes = ["crop", "flip"]
+    if run.args.cutmix:
+        mixed = sum(share > 0 for share in cutmix_by_epoch(run.epochs, run.args.cutmix))
+        changes.append(f"CutMix until epoch {mixed}")
     if run.augmentation:
         changes.append(getattr(run.augmentation, "__name__", "AUGMENT"))
     return {"optimizer": "; ".join(groups),
@@ -722,6 +732,12 @@ def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> l
     """Return each epoch's side of the images, in pixels: `low` in the first `fraction` of them."""
     low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
     return [low] * low_epochs + [full] * (epochs - low_epochs)
+
+
+def cutmix_by_epoch(epochs: int, probability: float) -> list[float]:
+    """Return the probability of CutMix in each epoch: 0 in the last UNMIXED, rounded down."""
+    unmixed = int(UNMIXED * epochs + 1e-9)
+    return [probability] * (epochs - unmixed) + [0.0] * unmixed
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int) -> OneCycleLR:

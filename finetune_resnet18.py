@@ -109,11 +109,12 @@ def main() -> None:
     run = engine.Run(args, runtime, dataset, REQUIRED, train.steps_per_epoch)
     # At least 32 pixels: below, the bf16 gradients of oneDNN depend on what memory held before.
     sizes = engine.low_resolution_first(run.epochs, args.low_res, max(size // 2, 32), size)
+    cutmix = engine.cutmix_by_epoch(run.epochs, args.cutmix)
     optimizer = make_optimizer(model, args)
     scheduler = engine.one_cycle(optimizer, run.total_steps)
     run.start(model, optimizer, scheduler, sizes, AUGMENT)
     for epoch in range(run.epoch, run.epochs):
-        batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], args.cutmix)
+        batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], cutmix[epoch])
         results = {"train": engine.train_one_epoch(run, batches, args.label_smoothing)}
         for name, tested in evaluated.items():
             results[name] = engine.evaluate(model, run.watch(tested, name), runtime)

@@ -363,7 +363,7 @@ class Started(Exception):
 
 
 @pytest.mark.parametrize("name, flags, epochs, low_res", [
-    ("train_resnet", [], 1, 0), ("train_resnet", [], 6, 3), ("train_resnet", [], 30, 15),
+    ("train_resnet", [], 1, 0), ("train_resnet", [], 6, 3), ("train_resnet", [], 30, 9),
     ("train_resnet", ["--low-res", 0.58], 50, 29),
     ("finetune_resnet18", [], 1, 0), ("finetune_resnet18", [], 2, 1),
     ("finetune_resnet18", [], 4, 2),

@@ -137,7 +137,8 @@ def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_pat
     whole, chain, plain = tmp_path / "whole", tmp_path / "chain", tmp_path / "plain"
     process = script(mine, *flags, whole)
     assert (process.returncode, process.stderr) == (0, "")
-    for told in ("network    ResNet, 3,540,996 parameters", ", blocks 1,", ", flip, cutout\n"):
+    for told in ("network    ResNet, 3,540,996 parameters", ", blocks 1,",
+                 ", flip, CutMix until epoch 1, cutout\n"):
         assert told in process.stdout
     assert script(mine, *flags, chain, "--max-minutes", 0.001).returncode == 75
     assert script(mine, *flags, chain).returncode == 0

@@ -345,15 +345,49 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
         "max_minutes"}
 
 
-@pytest.mark.parametrize("epochs, chosen", [
-    (1, {"crop_padding": 2, "dropout": 0}), (10, {"crop_padding": 2, "dropout": 0}),
-    (11, {"crop_padding": 4, "dropout": 0.1}), (20, {"crop_padding": 4, "dropout": 0.1})])
-def test_the_regularisation_fits_the_length_unless_it_is_given(parse, epochs, chosen):
+SHORT = {"weight_decay": 0.005, "low_res": 0.5, "dropout": 0, "crop_padding": 2, "cutmix": 0}
+LONG = {"weight_decay": 0.01, "low_res": 0.3, "dropout": 0, "crop_padding": 4, "cutmix": 0.5}
+
+
+@pytest.mark.parametrize("epochs, chosen", [(1, SHORT), (10, SHORT), (11, LONG), (20, LONG)])
+def test_the_recipe_fits_the_length_unless_it_is_given(parse, epochs, chosen):
     _, args = parse("train_resnet", "--epochs", epochs)
     assert chosen.items() <= vars(args).items()
-    assert {"crop_padding": 4, "dropout": 0.1}.items() <= args.recipe.items(), "of old checkpoints"
-    _, args = parse("train_resnet", "--epochs", epochs, "--crop-padding", 0, "--dropout", 0.5)
-    assert (args.crop_padding, args.dropout) == (0, 0.5)
+    of_old_checkpoints = {"crop_padding": 4, "dropout": 0.1, "cutmix": 0}
+    assert of_old_checkpoints.items() <= args.recipe.items()
+    given = {"crop_padding": 0, "cutmix": 0.25, "low_res": 0, "weight_decay": 0}
+    _, args = parse("train_resnet", "--epochs", epochs, "--crop-padding", 0, "--cutmix", 0.25,
+                    "--low-res", 0, "--weight-decay", 0)
+    assert given.items() <= vars(args).items()
+
+
+def print_cutmix() -> None:
+    """Print with which probability each epoch mixes images."""
+    without_pictures()
+    import data
+
+    shuffled = data.Batches.shuffled
+
+    def tell(batches, seed, epoch, start, size, cutmix):
+        print(f"mixed {cutmix}")
+        return shuffled(batches, seed, epoch, start, size, cutmix)
+
+    data.Batches.shuffled = tell
+
+
+@both
+def test_the_last_epochs_are_not_mixed(name, data_dir, tmp_path):
+    process = script(name, *SMALL[name], "--data-dir", data_dir, "--device", "cpu", "--batch-size",
+                     16, "--epochs", 4, "--cutmix", 1, "--output-dir", tmp_path,
+                     before=print_cutmix)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert re.findall("mixed (.*)", process.stdout) == ["1.0", "1.0", "1.0", "0.0"]
+    assert "random crop, flip, CutMix until epoch 3\n" in process.stdout
+
+
+@pytest.mark.parametrize("epochs, unmixed", [(1, 0), (3, 0), (4, 1), (10, 3), (20, 6)])
+def test_so_many_epochs_end_without_cutmix(epochs, unmixed):
+    assert engine.cutmix_by_epoch(epochs, 0.5) == [0.5] * (epochs - unmixed) + [0] * unmixed
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])
@@ -393,7 +427,7 @@ def test_muon_takes_the_steps_of_torchs_own():
 def test_sgd_takes_the_steps_of_torchs_own(parse, runtime):
     """All weights at one rate, the matrices with decay: those that the head of the script gives."""
     script, args = parse("train_resnet", "--overwrite", "--optimizer", "sgd")
-    assert (args.lr, args.weight_decay) == script.CHOSEN["sgd"]
+    assert script.SGD.items() <= vars(args).items()
     torch.manual_seed(0)
     ours, theirs = models.ResNet(), models.ResNet()
     theirs.load_state_dict(ours.state_dict())
