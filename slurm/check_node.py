@@ -35,7 +35,9 @@ LINES = 30  # of a failed command's output that are shown
 # Ten steps, and a checkpoint at each.
 FLAGS = ["--dataset", "synthetic", "--max-steps", "10", "--checkpoint-minutes", "0"]
 # After ten steps at part 1's usual rate, activations in evaluation come near the limit of fp16.
-OF_PART = {"train_resnet": ["--lr", "0.01"], "finetune_resnet18": ["--weights", "random"]}
+# Dropout draws random numbers in each step, with which a resumed run must go on.
+OF_PART = {"train_resnet": ["--lr", "0.01", "--dropout", "0.1"],
+           "finetune_resnet18": ["--weights", "random"]}
 # A CPU takes small batches of small images, a GPU those of the recipe.
 SMALL = {"train_resnet": ["--batch-size", "20"],
          "finetune_resnet18": ["--batch-size", "20", "--image-size", "32"]}
