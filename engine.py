@@ -37,7 +37,8 @@ SAVE_AFTER = 30  # seconds since the last save, from which on an epoch's end sav
 TELL_AFTER = 20  # seconds of one epoch's training, after which a log is told the time left
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 SIZE_POWER = 1.6  # a step's time grows with an image's side to this power; measured: 1.4 to 1.7
-# Fraction of the epochs, the last, without CutMix; so ends YOLOX, Ge et al. 2021, arXiv:2107.08430.
+# Fraction of the epochs, at the end, without CutMix. YOLOX, too, stops mixing images before its end
+# (Ge et al. 2021, arXiv:2107.08430).
 UNMIXED = 0.3
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 # What a checkpoint holds of config.json, and of a Run.
@@ -131,7 +132,7 @@ class Parser(argparse.ArgumentParser):
             help="probability spread over all classes in the training loss (Szegedy et al. 2016)")
         add("--cutmix", type=bounded(float, 0, 1), default=None if cutmix_default else 0.0,
             metavar="P", help="probability that a training image gets a box of another image and a "
-                              f"share of its label; off in the last {UNMIXED:g} of the epochs "
+                              f"share of its label; off in the last {10 * UNMIXED:g} of 10 epochs "
                               "(Yun et al. 2019)"
                               + (f" ({cutmix_default})" if cutmix_default else ""))
         add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, metavar="N",
