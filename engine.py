@@ -123,9 +123,9 @@ class Parser(argparse.ArgumentParser):
         self.recipe_names.append(self._recipe_group.add_argument(flag, **keywords).dest)
 
     def add_shared_recipe(self, cutmix_default: str | None = None) -> None:
-        """Add the recipe's flags of both scripts.
+        """Add the flags of a recipe that mean the same in both scripts.
 
-        `cutmix_default` says in words what --cutmix is by default, which then the script sets.
+        A script that chooses its --cutmix later says in `cutmix_default` how; else it is 0.
         """
         add = self.add_recipe
         add("--label-smoothing", type=bounded(float, 0, 1), default=0.1, metavar="P",
@@ -702,8 +702,7 @@ def recipe_in_words(run: Run) -> dict[str, str]:
         sizes.append(f"{size}px in {epochs}")
     changes = ["crop", "flip"]
     if run.args.cutmix:
-        mixed = sum(share > 0 for share in cutmix_by_epoch(run.epochs, run.args.cutmix))
-        changes.append(f"CutMix until epoch {mixed}")
+        changes.append(f"CutMix until epoch {run.epochs - part_of(run.epochs, UNMIXED)}")
     if run.augmentation:
         changes.append(getattr(run.augmentation, "__name__", "AUGMENT"))
     return {"optimizer": "; ".join(groups),
@@ -729,15 +728,20 @@ def check_outputs(logits: Tensor, dataset: data.Dataset) -> None:
                         f"({len(logits)}, {classes}), for there are {classes} classes")
 
 
+def part_of(epochs: int, fraction: float) -> int:
+    """Return how many epochs are a fraction of them, rounded down."""
+    return int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
+
+
 def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[int]:
     """Return each epoch's side of the images, in pixels: `low` in the first `fraction` of them."""
-    low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
+    low_epochs = part_of(epochs, fraction)
     return [low] * low_epochs + [full] * (epochs - low_epochs)
 
 
 def cutmix_by_epoch(epochs: int, probability: float) -> list[float]:
-    """Return the probability of CutMix in each epoch: 0 in the last UNMIXED, rounded down."""
-    unmixed = int(UNMIXED * epochs + 1e-9)
+    """Return each epoch's probability of CutMix: 0 in the last UNMIXED of them."""
+    unmixed = part_of(epochs, UNMIXED)
     return [probability] * (epochs - unmixed) + [0.0] * unmixed
 
 

@@ -26,11 +26,10 @@ REQUIRED = 60.0  # test accuracy in %, set by the course
 STATS = data.CIFAR100_STATS
 SIZE = 32  # pixels
 LOW_SIZE = 20  # pixels; takes 0.4 x the arithmetic of 32, and the stages accept any size
-# Peak learning rates, and the decay of SGD. Like the recipe by length they were chosen on
-# --val-size 5000.
+# What follows was chosen on --val-size 5000. First the peak learning rates, and SGD's decay:
 MUON = {"lr": 0.1}
 SGD = {"lr": 0.2, "weight_decay": 5e-4}
-# The recipe by --epochs, of short runs chosen at 3 and 5 epochs, of long ones at 20, with Muon.
+# Then, with Muon, what depends on --epochs: of short runs at 3 and 5 epochs, of long ones at 20.
 SHORT_EPOCHS = 10  # the longest run that counts as short
 SHORT_RUN = {"weight_decay": 0.005, "low_res": 0.5, "crop_padding": 2, "cutmix": 0.0}
 LONG_RUN = {"weight_decay": 0.01, "low_res": 0.3, "crop_padding": data.CROP_PADDING, "cutmix": 0.5}
