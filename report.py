@@ -444,8 +444,12 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     for panels, (script, named) in zip(grid, scripts.items(), strict=True):
         loss, accuracy, rate = panels
         loss.set_title(f"{script}.py", loc="left")
-        loss.set(ylabel="cross entropy, nats (training: smoothed)")
-        accuracy.set(ylabel="accuracy, %", ylim=(0, 100))
+        mixed = any(record.config["settings"].get("cutmix")
+                    for records in named.values() for record in records)
+        loss.set(ylabel="cross entropy, nats (training: smoothed"
+                        f"{', some with CutMix' if mixed else ''})")
+        accuracy.set(ylabel=f"accuracy, %{' (training: some with CutMix)' if mixed else ''}",
+                     ylim=(0, 100))
         rate.set(ylabel="learning rate at the end of the epoch")
         longest = max(len(record.history) for records in named.values() for record in records)
         for panel in panels:

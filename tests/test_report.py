@@ -226,6 +226,15 @@ def test_the_epochs_on_small_images_are_shaded_and_named(tmp_path, drawn):
     assert named == [True, False]
 
 
+def test_the_axes_say_where_training_values_are_of_mixed_images(tmp_path, drawn):
+    """CutMix makes them worse, and they jump where it ends."""
+    for name, cutmix in (("plain", 0.0), ("mixed", 0.5)):
+        made_up_run(tmp_path / name, cutmix=cutmix)
+        report.compare([tmp_path / name], tmp_path)
+    named = [["CutMix" in panel.get_ylabel() for panel in figure.axes] for figure in drawn]
+    assert named == [[False, False, False], [True, True, False]]
+
+
 def test_a_legend_says_what_differs_in_words(tmp_path, drawn):
     """No flag's name has to be known: "20 epochs", "learning rate 0.2", "3 runs"."""
     for seed in range(3):
