@@ -45,7 +45,7 @@ def train(name, output_dir, *flags, before=without_pictures):
 
 def kill_and_resume(name, data_dir, tmp_path, *flags) -> tuple:
     """Return the results of an undisturbed run, and of one that is killed in its second epoch."""
-    flags = ["--data-dir", data_dir, "--batch-size", 16, "--epochs", 3, *flags]
+    flags = ["--data-dir", data_dir, "--batch-size", 16, "--epochs", 3, "--low-res", 0.5, *flags]
     whole = train(name, tmp_path / "whole", *flags)
     assert (whole.returncode, whole.stderr) == (0, "")
     flags += ["--checkpoint-minutes", 0]

@@ -363,7 +363,7 @@ class Started(Exception):
 
 
 @pytest.mark.parametrize("name, flags, epochs, low_res", [
-    ("train_resnet", [], 1, 0), ("train_resnet", [], 6, 3), ("train_resnet", [], 30, 9),
+    ("train_resnet", [], 3, 0), ("train_resnet", [], 5, 1), ("train_resnet", [], 30, 9),
     ("train_resnet", ["--low-res", 0.58], 50, 29),
     ("finetune_resnet18", [], 1, 0), ("finetune_resnet18", [], 2, 1),
     ("finetune_resnet18", [], 4, 2),
@@ -401,7 +401,7 @@ def test_the_rate_leaves_out_the_first_step_of_each_start(runtime, make_run, mon
     """In which libraries start and the network is compiled; an epoch of one step has only that."""
     monkeypatch.setattr(engine.Run, "save", lambda run: None)
     monkeypatch.setattr(engine.Clock, "lap", lambda clock: 0)
-    run, _ = make_run("train_resnet", runtime, 4, "--epochs", 2)
+    run, _ = make_run("train_resnet", runtime, 4, "--epochs", 2, "--low-res", 0.5)
     for steps, slow, rate in ((4, 1, 75 / 10), (4, 2, 50 / 10), (1, 1, 100 / 70)):
         run.position = engine.Position(step=steps, seconds=90, train_seconds=70, slow_seconds=60,
                                        slow_steps=slow)

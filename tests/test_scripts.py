@@ -345,8 +345,8 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
         "max_minutes"}
 
 
-SHORT = {"weight_decay": 0.005, "low_res": 0.5, "dropout": 0, "crop_padding": 2, "cutmix": 0}
-LONG = {"weight_decay": 0.01, "low_res": 0.3, "dropout": 0, "crop_padding": 4, "cutmix": 0.5}
+SHORT = {"weight_decay": 0.01, "low_res": 0.3, "dropout": 0, "crop_padding": 2, "cutmix": 0}
+LONG = {**SHORT, "crop_padding": 4, "cutmix": 0.5}
 
 
 @pytest.mark.parametrize("epochs, chosen", [(1, SHORT), (10, SHORT), (11, LONG), (20, LONG)])
