@@ -444,12 +444,8 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     for panels, (script, named) in zip(grid, scripts.items(), strict=True):
         loss, accuracy, rate = panels
         loss.set_title(f"{script}.py", loc="left")
-        mixed = any(record.config["settings"].get("cutmix")
-                    for records in named.values() for record in records)
-        loss.set(ylabel="cross entropy, nats (training: smoothed"
-                        f"{', some with CutMix' if mixed else ''})")
-        accuracy.set(ylabel=f"accuracy, %{' (training: some with CutMix)' if mixed else ''}",
-                     ylim=(0, 100))
+        loss.set(ylabel="cross entropy, nats (training: smoothed)")
+        accuracy.set(ylabel="accuracy, %", ylim=(0, 100))
         rate.set(ylabel="learning rate at the end of the epoch")
         longest = max(len(record.history) for records in named.values() for record in records)
         for panel in panels:
@@ -492,7 +488,9 @@ def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -
             named[label] = panel.axvspan(0.5, epochs + 0.5, color="0.5", alpha=0.12, linewidth=0,
                                          label=label)
     handles += named.values()
+    mixed = any(records[0].config["settings"].get("cutmix") for records in groups.values())
     for word, dash in dashes.items():
+        word += " (partly with CutMix)" if mixed and word == "training" else ""
         handles += loss.plot([], [], color="0.3", linestyle=dash, label=word)
     required = {records[0].config["required_accuracy"] for records in groups.values()} - {None}
     return handles + [accuracy.axhline(value, color="0.3", linestyle="-.",
