@@ -53,8 +53,8 @@ def parse_args() -> argparse.Namespace:
     recipe("--image-size", type=bounded(int, 32), default=224, metavar="PIXELS",
         help="side to which the images are up-sampled; the weights were trained at 224")
     recipe("--low-res", type=bounded(float, 0, 1), default=0.5, metavar="F",
-        help="fraction of the epochs, the first, that train on images of half that side, on a CPU "
-             "three times as fast (progressive resizing)")
+        help="fraction of the epochs, rounded down, that come first, on images of half that side, "
+             "on a CPU three times as fast (progressive resizing)")
     parser.add_shared_recipe()
     return parser.read()
 

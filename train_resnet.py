@@ -29,7 +29,8 @@ LOW_SIZE = 20  # pixels; takes 0.4 x the arithmetic of 32, and the stages accept
 # What follows was chosen on --val-size 5000. First the peak learning rates and the decay:
 MUON = {"lr": 0.1, "weight_decay": 0.01}
 SGD = {"lr": 0.2, "weight_decay": 5e-4}
-# Then, with Muon, what depends on --epochs: of short runs at 5 epochs, of long ones at 20.
+# Then, with Muon, what depends on --epochs: the padding of short runs at 5 epochs, all of long runs
+# at 20. CutMix was not tried in short runs.
 SHORT_EPOCHS = 10  # the longest run that counts as short
 SHORT_RUN = {"crop_padding": 2, "cutmix": 0.0}
 LONG_RUN = {"crop_padding": data.CROP_PADDING, "cutmix": 0.5}
@@ -61,8 +62,8 @@ def parse_args() -> argparse.Namespace:
         help="weight decay of the convolutions, with sgd also of the head's matrix "
              f"(default: {MUON['weight_decay']}, for sgd {SGD['weight_decay']})")
     recipe("--low-res", type=bounded(float, 0, 1), default=0.3, metavar="F",
-        help=f"fraction of the epochs, the first, that train on {LOW_SIZE} x {LOW_SIZE} images, "
-             "on a CPU twice as fast (progressive resizing)")
+        help=f"fraction of the epochs, rounded down, that come first, on {LOW_SIZE} x {LOW_SIZE} "
+             "images, on a CPU twice as fast (progressive resizing)")
     recipe("--dropout", type=bounded(float, 0, 1), default=0.0, metavar="P",
         help="probability with which training zeroes an output of conv1")
     # Reflection does not repeat the pixels of the edge.

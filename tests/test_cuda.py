@@ -147,7 +147,8 @@ def test_the_loss_falls(device, precision, tmp_path):
     if device == "cuda":
         skip_without_bf16(precision)
     process = train("train_resnet", tmp_path, "--dataset", "synthetic", "--epochs", 2,
-                    "--batch-size", 50, "--device", device, "--precision", precision)
+                    "--low-res", 0.5, "--batch-size", 50, "--device", device, "--precision",
+                    precision)
     assert (process.returncode, process.stderr) == (0, "")
     first, last = (float(loss) for loss in re.findall(r"train loss (\S+)", process.stdout))
     accuracy = float(re.search(r"final test accuracy (\S+)%", process.stdout)[1])

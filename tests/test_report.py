@@ -226,12 +226,16 @@ def test_the_epochs_on_small_images_are_shaded_and_named(tmp_path, drawn):
     assert named == [True, False]
 
 
-@pytest.mark.parametrize("cutmix, label", [
-    (0.0, "training"), (0.5, "training (partly with CutMix)")])
-def test_the_legend_says_that_training_values_are_of_mixed_images(cutmix, label, tmp_path, drawn):
+@pytest.mark.parametrize("probabilities, label", [
+    ([0.0], "training"), ([0.5], "training (partly with CutMix)"),
+    ([0.0, 0.5], "training (partly with CutMix, where it is above 0)")])
+def test_the_legend_says_that_training_values_are_of_mixed_images(probabilities, label, tmp_path,
+                                                                  drawn):
     """CutMix makes them worse, and they jump where it ends."""
-    made_up_run(tmp_path / "run", cutmix=cutmix)
-    report.compare([tmp_path / "run"], tmp_path)
+    for cutmix in probabilities:
+        made_up_run(tmp_path / str(cutmix), cutmix=cutmix,
+                    config={**KNOWN, "recipe": [*RECIPE, "cutmix"]})
+    report.compare([tmp_path / str(cutmix) for cutmix in probabilities], tmp_path)
     (legend,) = legends(drawn[0])
     assert [text for text in legend if text.startswith("training")] == [label]
 

@@ -49,7 +49,7 @@ class Whole:
     def __init__(self, name, output_dir, data_dir, *flags, before=without_pictures):
         self.name, self.output_dir = name, output_dir
         self.flags = [*SMALL[name], "--data-dir", data_dir, "--device", "cpu", "--resume"]
-        # The first of the two epochs is on small images.
+        # In part 1 the first of the two epochs is on small images; part 2 has none below 32 pixels.
         self.flags += ["--epochs", 2, "--low-res", 0.5]
         self.flags += flags or ["--batch-size", 16, "--max-steps", 3]
         began = time.monotonic()

@@ -318,8 +318,8 @@ def told(data_dir, tmp_path):
 
     def start(before=None, *flags):
         process = script("train_resnet", "--data-dir", data_dir, *CPU, "--batch-size", 16,
-                         "--epochs", 3, "--output-dir", tmp_path, "--tensorboard", "--resume",
-                         *flags, before=before)
+                         "--epochs", 3, "--low-res", 0.4, "--output-dir", tmp_path,
+                         "--tensorboard", "--resume", *flags, before=before)
         events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         shown = {name: [(event.step, event.value) for event in events.Scalars(name)]
                  for name in events.Tags()["scalars"]}
