@@ -488,10 +488,11 @@ def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -
             named[label] = panel.axvspan(0.5, epochs + 0.5, color="0.5", alpha=0.12, linewidth=0,
                                          label=label)
     handles += named.values()
-    mixed = [records[0].config["settings"].get("cutmix", 0) > 0 for records in groups.values()]
+    mixed = [bool(records[0].config["settings"].get("cutmix")) for records in groups.values()]
+    where = "" if all(mixed) else ", where it is above 0"
     for word, dash in dashes.items():
         if any(mixed) and word == "training":
-            word += " (partly with CutMix" + (")" if all(mixed) else ", where it is above 0)")
+            word += f" (partly with CutMix{where})"
         handles += loss.plot([], [], color="0.3", linestyle=dash, label=word)
     required = {records[0].config["required_accuracy"] for records in groups.values()} - {None}
     return handles + [accuracy.axhline(value, color="0.3", linestyle="-.",
