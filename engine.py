@@ -37,9 +37,9 @@ SAVE_AFTER = 30  # seconds since the last save, from which on an epoch's end sav
 TELL_AFTER = 20  # seconds of one epoch's training, after which a log is told the time left
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 SIZE_POWER = 1.6  # a step's time grows with an image's side to this power; measured: 1.4 to 1.7
-# Fraction of the epochs, at the end, without CutMix. YOLOX, too, stops mixing images before its end
-# (Ge et al. 2021, arXiv:2107.08430).
-UNMIXED = 0.3
+# The fraction of the epochs, at the end, without CutMix, and the most of them. YOLOX, too, stops
+# mixing images before its end (Ge et al. 2021, arXiv:2107.08430).
+UNMIXED, MOST_UNMIXED = 0.3, 6
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 # What a checkpoint holds of config.json, and of a Run.
 ORIGIN = ("script", "settings", "torch", "runtime", "data", "network", "code")
@@ -47,8 +47,7 @@ TRAINED = ("model", "optimizer", "scheduler", "scaler")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows may lack quotas
-# What helps by hand, and in a job, whose file passes --resume, and --output-dir from OUTPUT=.
-AGAIN = "the same command with --resume", "the job, started again,"
+# What helps by hand, and in a job, whose file passes --output-dir from OUTPUT=.
 AFRESH = "--overwrite", "another OUTPUT="
 ELSEWHERE = "name another --output-dir", "set another OUTPUT="
 # Flags of other people's scripts, and what serves here.
@@ -132,8 +131,8 @@ class Parser(argparse.ArgumentParser):
             help="probability spread over all classes in the training loss (Szegedy et al. 2016)")
         add("--cutmix", type=bounded(float, 0, 1), default=None if cutmix_default else 0.0,
             metavar="P", help="probability that a training image gets a box of another image and a "
-                              f"share of its label; off in the last {10 * UNMIXED:g} of 10 epochs "
-                              "(Yun et al. 2019)"
+                              "share of its label (Yun et al. 2019); off at the end, in "
+                              f"{10 * UNMIXED:g} of 10 epochs and at most {MOST_UNMIXED}"
                               + (f" ({cutmix_default})" if cutmix_default else ""))
         add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, metavar="N",
             help="of initial weights, order, augmentation and dropout")
@@ -527,7 +526,7 @@ class Run:
 
     def _stop(self, reason: str) -> NoReturn:
         where = f"{reason}: stopped in epoch {self.epoch + 1} after {self.step} steps"
-        newest, again = self.checkpoints.newest, f"{utils.wording(*AGAIN)} goes on"
+        newest, again = self.checkpoints.newest, f"{utils.wording(*utils.AGAIN)} goes on"
         with utils.guard(f"{where}, but not saved", OSError, f"; make room, and {again} from what "
                          f"{newest} holds, if it is there", utils.FAILED):
             self.save()
@@ -651,7 +650,7 @@ class Run:
     def finish(self) -> None:
         """Write model.pt and the report, and print the last lines."""
         with utils.guard(f"{self.output_dir}: not all is written", OSError, "; make room, and "
-                         f"{utils.wording(*AGAIN)} does what is left", utils.FAILED):
+                         f"{utils.wording(*utils.AGAIN)} does what is left", utils.FAILED):
             if self.runtime.broadcast(self.unsaved):
                 self.save()
             if self.runtime.rank == 0:
@@ -702,7 +701,7 @@ def recipe_in_words(run: Run) -> dict[str, str]:
         sizes.append(f"{size}px in {epochs}")
     changes = ["crop", "flip"]
     if run.args.cutmix:
-        changes.append(f"CutMix until epoch {run.epochs - part_of(run.epochs, UNMIXED)}")
+        changes.append(f"CutMix until epoch {run.epochs - unmixed_epochs(run.epochs)}")
     if run.augmentation:
         changes.append(getattr(run.augmentation, "__name__", "AUGMENT"))
     return {"optimizer": "; ".join(groups),
@@ -739,9 +738,14 @@ def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> l
     return [low] * low_epochs + [full] * (epochs - low_epochs)
 
 
+def unmixed_epochs(epochs: int) -> int:
+    """Return how many epochs, at the end, are without CutMix."""
+    return min(part_of(epochs, UNMIXED), MOST_UNMIXED)
+
+
 def cutmix_by_epoch(epochs: int, probability: float) -> list[float]:
-    """Return each epoch's probability of CutMix: 0 in the last UNMIXED of them."""
-    unmixed = part_of(epochs, UNMIXED)
+    """Return each epoch's probability of CutMix."""
+    unmixed = unmixed_epochs(epochs)
     return [probability] * (epochs - unmixed) + [0.0] * unmixed
 
 

@@ -40,6 +40,8 @@ FAILED, USER_ERROR, LEFT_ALONE, STOPPED = 1, 2, 3, 75
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
 # A rank with at least so many images has a batch norm of its own, Wu & He 2018, arXiv:1803.08494.
 FEW_IMAGES = 32
+# What goes on with a run, by hand and in a job, whose file passes --resume.
+AGAIN = "the same command with --resume", "the job, started again,"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -148,11 +150,16 @@ def explain(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit status for `error`; raises it if it is a fault of the code."""
     if isinstance(error, UserError):
         return one_line(error), error.status
-    smaller = "" if given("--eval-only", "--predict") else ": try a smaller --batch-size"
+    smaller, resumed = ": try a smaller --batch-size", f"; {wording(*AGAIN)} goes on"
+    if given("--eval-only", "--predict"):
+        smaller = resumed = ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory{smaller or ': try --device cpu'}", USER_ERROR
     if is_out_of_memory(error):
         return f"out of memory{smaller}", USER_ERROR
+    # In the lines below the first one torch advises programmers.
+    if failure := re.match("(CUDA error|cuDNN error.*EXECUTION_FAILED).*", str(error)):
+        return f"the GPU failed ({failure[0]}){resumed}", FAILED
     if isinstance(error, OSError):
         return f"cannot go on: {error}", FAILED
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):

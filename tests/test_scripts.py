@@ -385,7 +385,7 @@ def test_the_last_epochs_are_not_mixed(name, data_dir, tmp_path):
     assert "random crop, flip, CutMix until epoch 3\n" in process.stdout
 
 
-@pytest.mark.parametrize("epochs, unmixed", [(1, 0), (3, 0), (4, 1), (10, 3), (20, 6)])
+@pytest.mark.parametrize("epochs, unmixed", [(1, 0), (3, 0), (4, 1), (10, 3), (20, 6), (60, 6)])
 def test_so_many_epochs_end_without_cutmix(epochs, unmixed):
     assert engine.cutmix_by_epoch(epochs, 0.5) == [0.5] * (epochs - unmixed) + [0] * unmixed
 

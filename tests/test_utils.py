@@ -30,6 +30,11 @@ SMALLER = "try a smaller --batch-size"
      f"out of GPU memory: {SMALLER}", 2),
     (MemoryError(), f"out of memory: {SMALLER}", 2),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), f"out of memory: {SMALLER}", 2),
+    (torch.AcceleratorError("CUDA error: unspecified launch failure\nFor debugging consider"),
+     "the GPU failed (CUDA error: unspecified launch failure); the same command with --resume goes "
+     "on", 1),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "the GPU failed (cuDNN error: "
+     "CUDNN_STATUS_EXECUTION_FAILED); the same command with --resume goes on", 1),
     (OSError(28, "No space left"), "cannot go on: [Errno 28] No space left", 1),
     (KeyboardInterrupt(), "interrupted", 130),
 ])
@@ -38,15 +43,15 @@ def test_what_can_go_wrong_is_one_line_and_a_status(error, line, status):
 
 
 @pytest.mark.parametrize("flag", ["--eval-only", "--predict", "--predict=tiger.jpg"])
-@pytest.mark.parametrize("error, line", [
-    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory: try --device cpu"),
-    (MemoryError(), "out of memory"),
+@pytest.mark.parametrize("error, line, status", [
+    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory: try --device cpu", 2),
+    (MemoryError(), "out of memory", 2),
+    (torch.AcceleratorError("CUDA error: unknown"), "the GPU failed (CUDA error: unknown)", 1),
 ])
-def test_a_finished_model_that_does_not_fit_is_not_blamed_on_the_batch_size(
-        monkeypatch, flag, error, line):
-    """Which is that of training, and changes nothing here."""
+def test_no_flag_of_training_is_advised_for_a_finished_model(
+        monkeypatch, flag, error, line, status):
     monkeypatch.setattr(sys, "argv", ["train_resnet.py", flag])
-    assert utils.explain(error) == (line, 2)
+    assert utils.explain(error) == (line, status)
 
 
 def test_a_fault_of_the_code_is_not_explained_away():
