@@ -37,8 +37,9 @@ SAVE_AFTER = 30  # seconds since the last save, from which on an epoch's end sav
 TELL_AFTER = 20  # seconds of one epoch's training, after which a log is told the time left
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 SIZE_POWER = 1.6  # a step's time grows with an image's side to this power; measured: 1.4 to 1.7
-# The fraction of the epochs, at the end, without CutMix, and the most of them. YOLOX, too, stops
-# mixing images before its end (Ge et al. 2021, arXiv:2107.08430).
+# CutMix is off in this fraction of the epochs, at the end, but in no more than so many: of 40
+# epochs, 6 did better than 12 (tests/README.md). YOLOX, too, stops mixing images before its end
+# (Ge et al. 2021, arXiv:2107.08430).
 UNMIXED, MOST_UNMIXED = 0.3, 6
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 # What a checkpoint holds of config.json, and of a Run.
@@ -131,8 +132,8 @@ class Parser(argparse.ArgumentParser):
             help="probability spread over all classes in the training loss (Szegedy et al. 2016)")
         add("--cutmix", type=bounded(float, 0, 1), default=None if cutmix_default else 0.0,
             metavar="P", help="probability that a training image gets a box of another image and a "
-                              "share of its label (Yun et al. 2019); off at the end, in "
-                              f"{10 * UNMIXED:g} of 10 epochs and at most {MOST_UNMIXED}"
+                              "share of its label (Yun et al. 2019); off in the last "
+                              f"{10 * UNMIXED:g} of 10 epochs, at most {MOST_UNMIXED}"
                               + (f" ({cutmix_default})" if cutmix_default else ""))
         add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, metavar="N",
             help="of initial weights, order, augmentation and dropout")
@@ -415,7 +416,7 @@ class Run:
             self._set_state(state)
             # Of the run, not of this start, which may leave out --weights.
             self.config["settings"] = before
-        except (UserError, OSError, torch.OutOfMemoryError):
+        except (UserError, OSError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # what is no checkpoint can raise anything
             if utils.is_out_of_memory(error):

@@ -42,6 +42,8 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasa
 FEW_IMAGES = 32
 # What goes on with a run, by hand and in a job, whose file passes --resume.
 AGAIN = "the same command with --resume", "the job, started again,"
+# How CUDA and its libraries name faults of the GPU or its driver; most others are of the program.
+GPU_FAULTS = "launch failure|EXECUTION_FAILED|uncorrectable ECC"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -150,16 +152,16 @@ def explain(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit status for `error`; raises it if it is a fault of the code."""
     if isinstance(error, UserError):
         return one_line(error), error.status
-    smaller, resumed = ": try a smaller --batch-size", f"; {wording(*AGAIN)} goes on"
-    if given("--eval-only", "--predict"):
-        smaller = resumed = ""
+    trains = not given("--eval-only", "--predict")
+    smaller = ": try a smaller --batch-size" if trains else ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory{smaller or ': try --device cpu'}", USER_ERROR
     if is_out_of_memory(error):
         return f"out of memory{smaller}", USER_ERROR
-    # In the lines below the first one torch advises programmers.
-    if failure := re.match("(CUDA error|cuDNN error.*EXECUTION_FAILED).*", str(error)):
-        return f"the GPU failed ({failure[0]}){resumed}", FAILED
+    # One line of it: the others are torch's advice to programmers.
+    if failure := re.match(f"(CUDA|cuDNN) error.*({GPU_FAULTS}).*", str(error)):
+        again = f"; {wording(*AGAIN)} goes on" if trains else ""
+        return f"the GPU failed ({failure[0]}){again}", FAILED
     if isinstance(error, OSError):
         return f"cannot go on: {error}", FAILED
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):

@@ -371,24 +371,32 @@ def test_without_a_whole_checkpoint_nothing_starts(whole, stopped, tmp_path, dam
     assert remedy in process.stderr
 
 
-def run_out_of_memory(where: str) -> None:
-    """Have what reads a checkpoint, or what takes its weights, find no memory."""
-    def fail(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory", 2, "asks for more memory than there is"
+GPU_FAULT = "CUDA error: unspecified launch failure"
+
+
+def fail(where: str, message: str) -> None:
+    """Have what reads a checkpoint, or what takes its weights, raise as torch does."""
+    def raise_error(*_, **__):
+        raise (torch.AcceleratorError if "CUDA" in message else RuntimeError)(message)
 
     if where == "reading":
-        torch.load = fail
+        torch.load = raise_error
     else:
-        torch.nn.Module.load_state_dict = fail
+        torch.nn.Module.load_state_dict = raise_error
 
 
-@pytest.mark.parametrize("where", ["reading", "taking"])
-def test_a_checkpoint_that_does_not_fit_in_memory_is_not_replaced(whole, stopped, where):
+@pytest.mark.parametrize("where, message, status, says", [
+    ("reading", *NO_MEMORY), ("taking", *NO_MEMORY),
+    ("taking", GPU_FAULT, 1,
+     f"the GPU failed ({GPU_FAULT}); the same command with --resume goes on")])
+def test_a_checkpoint_that_memory_or_gpu_cannot_take_is_not_replaced(
+        whole, stopped, where, message, status, says):
     before = contents(stopped)
     process = whole("train_resnet").script(
-        stopped, before=functools.partial(run_out_of_memory, where))
-    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
-    assert "checkpoint.pt: asks for more memory than there is\n" in process.stderr
+        stopped, before=functools.partial(fail, where, message))
+    assert (process.returncode, process.stderr.count("\n")) == (status, 1), process.stderr
+    assert process.stderr.endswith(f"{says}\n")
     assert contents(stopped) == before
 
 

@@ -46,7 +46,8 @@ def test_what_can_go_wrong_is_one_line_and_a_status(error, line, status):
 @pytest.mark.parametrize("error, line, status", [
     (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory: try --device cpu", 2),
     (MemoryError(), "out of memory", 2),
-    (torch.AcceleratorError("CUDA error: unknown"), "the GPU failed (CUDA error: unknown)", 1),
+    (torch.AcceleratorError("CUDA error: unspecified launch failure"),
+     "the GPU failed (CUDA error: unspecified launch failure)", 1),
 ])
 def test_no_flag_of_training_is_advised_for_a_finished_model(
         monkeypatch, flag, error, line, status):
@@ -54,9 +55,11 @@ def test_no_flag_of_training_is_advised_for_a_finished_model(
     assert utils.explain(error) == (line, status)
 
 
-def test_a_fault_of_the_code_is_not_explained_away():
-    with pytest.raises(ZeroDivisionError):
-        utils.explain(ZeroDivisionError())
+@pytest.mark.parametrize("error", [
+    ZeroDivisionError(), torch.AcceleratorError("CUDA error: device-side assert triggered")])
+def test_a_fault_of_the_code_is_not_explained_away(error):
+    with pytest.raises(type(error)):
+        utils.explain(error)
 
 
 def stop() -> None:
