@@ -702,7 +702,8 @@ def recipe_in_words(run: Run) -> dict[str, str]:
         sizes.append(f"{size}px in {epochs}")
     changes = ["crop", "flip"]
     if run.args.cutmix:
-        changes.append(f"CutMix until epoch {run.epochs - unmixed_epochs(run.epochs)}")
+        mixed = cutmix_by_epoch(run.epochs, run.args.cutmix)
+        changes.append(f"CutMix until epoch {len(mixed) - mixed.count(0)}")
     if run.augmentation:
         changes.append(getattr(run.augmentation, "__name__", "AUGMENT"))
     return {"optimizer": "; ".join(groups),
@@ -739,14 +740,9 @@ def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> l
     return [low] * low_epochs + [full] * (epochs - low_epochs)
 
 
-def unmixed_epochs(epochs: int) -> int:
-    """Return how many epochs, at the end, are without CutMix."""
-    return min(part_of(epochs, UNMIXED), MOST_UNMIXED)
-
-
 def cutmix_by_epoch(epochs: int, probability: float) -> list[float]:
-    """Return each epoch's probability of CutMix."""
-    unmixed = unmixed_epochs(epochs)
+    """Return each epoch's probability of CutMix, which is 0 in the last epochs."""
+    unmixed = min(part_of(epochs, UNMIXED), MOST_UNMIXED)
     return [probability] * (epochs - unmixed) + [0.0] * unmixed
 
 
