@@ -1,9 +1,11 @@
 """The documents name what exists, and what they print can be run as it stands."""
 
+import csv
 import importlib
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,26 @@ def test_the_tensorboard_of_the_readme(tmp_path):
                      "--dataset", "synthetic", "--device", "cpu", "--output-dir", tmp_path / "out")
     assert (process.returncode, process.stderr) == (0, "")
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+
+
+def test_every_trial_has_flags_that_the_scripts_take_and_a_machine_that_is_described(
+        monkeypatch, tmp_path):
+    """A row of trials.csv can be made again, and read without asking anyone."""
+    scripts = {"1": "train_resnet", "2": "finetune_resnet18"}
+    described = re.findall(r"^\| ([\w, -]+) \|", DOCUMENTS["tests/README.md"], re.MULTILINE)
+    machines = {name for names in described for name in names.split(", ")}
+    with open(ROOT / "tests" / "trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert None not in row and None not in row.values(), f"too many or few fields: {row}"
+        flags = ["--val-size", "5000", "--output-dir", str(tmp_path), *row["flags"].split()]
+        monkeypatch.setattr(sys, "argv", [f"{scripts[row['part']]}.py", *flags])
+        args = importlib.import_module(scripts[row["part"]]).parse_args()
+        assert args.epochs == int(row["epochs"])
+        assert 0 < float(row["val_acc"]) < 100 and row["date"] and row["commit"]
+        assert row["machine"] in machines
+        assert row["verdict"] in {"", "kept", "dropped", "no difference"}
+    assert rows
 
 
 def test_ci_runs_the_test_command_of_the_readme_and_the_marked_rest():
