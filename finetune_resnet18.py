@@ -24,12 +24,17 @@ import engine
 import models
 import report
 import utils
+from muon import Muon
 from utils import bounded
 
 REQUIRED = 70.0  # test accuracy in %, set by the course
 STATS = data.IMAGENET_STATS
-MOMENTUM = 0.9  # He et al. 2015, section 3.4, in Nesterov's form
-HEAD_RATE = 10  # the new head learns this many times faster than the pre-trained layers
+# Peak learning rates, chosen on --val-size 5000. With Muon, batch norms learn at SGD's.
+SGD_LR = 0.003  # at 0.01 the pre-trained features are lost
+MUON_LR = 0.002  # of the convolutions
+MUON_ITERATIONS = 3  # five take longer and do no better
+MOMENTUM = 0.9  # of SGD and of Muon, in Nesterov's form, He et al. 2015, section 3.4
+HEAD_RATE = 10  # the new head learns this many times faster than the layers below it by SGD
 EVAL_BATCH = 100  # images; divides 10,000
 AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
 
@@ -45,9 +50,12 @@ def parse_args() -> argparse.Namespace:
     # 100 divides 50,000 and 45,000: a last batch of another size would be compiled anew.
     recipe("--batch-size", type=bounded(int, 2), default=100, metavar="N",
         help="images per optimizer step")
-    # Chosen on --val-size 5000; at 0.01 the pre-trained features are lost.
-    recipe("--lr", type=bounded(float, 1e-9), default=0.003, metavar="LR",
-        help=f"peak learning rate of the pre-trained layers; the head's is {HEAD_RATE} times that")
+    recipe("--optimizer", choices=("sgd", "muon"), default="sgd",
+        help="sgd: SGD for all; muon: Muon for the convolutions, SGD for the rest")
+    recipe("--lr", type=bounded(float, 1e-9), metavar="LR",
+        help=f"peak learning rate of the pre-trained layers, the head's is {HEAD_RATE} times that; "
+             "with muon of the convolutions alone, beside SGD's default rates "
+             f"(default: {SGD_LR}, for muon {MUON_LR})")
     recipe("--weight-decay", type=bounded(float, 0), default=5e-4, metavar="WD",
         help="weight decay of all weights")
     recipe("--image-size", type=bounded(int, 32), default=224, metavar="PIXELS",
@@ -56,7 +64,10 @@ def parse_args() -> argparse.Namespace:
         help="fraction of the epochs, rounded down, that come first, on images of half that side, "
              "on a CPU three times as fast (progressive resizing)")
     parser.add_shared_recipe()
-    return parser.read()
+    args = parser.read()
+    if args.lr is None:
+        args.lr = MUON_LR if args.optimizer == "muon" else SGD_LR
+    return args
 
 
 def load_data(args: argparse.Namespace) -> data.Dataset:
@@ -75,16 +86,29 @@ def make_model(args: argparse.Namespace) -> nn.Module:
                                download=not args.no_download)
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
-    """Return SGD with a higher peak rate for the new head, `fc`."""
+def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Runtime) -> Muon:
+    """Return SGD for all, or Muon for the convolutions and SGD for the rest; with peak rates.
+
+    The new head, `fc`, learns faster.
+    """
+    kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d)}
     head, backbone = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (head if name.startswith("fc.") else backbone).append(parameter)
-    groups = [{"params": backbone, "lr": args.lr}, {"params": head, "lr": HEAD_RATE * args.lr}]
+    sgd = {"momentum": MOMENTUM, "nesterov": True, "weight_decay": args.weight_decay}
+    if args.optimizer == "sgd":
+        groups = [{"params": backbone, "lr": args.lr, **sgd},
+                  {"params": head, "lr": HEAD_RATE * args.lr, **sgd}]
+    else:
+        convolutions = [parameter for parameter in backbone if parameter in kernels]
+        others = [parameter for parameter in backbone if parameter not in kernels]
+        groups = [{"params": convolutions, "muon": MOMENTUM, "kind": "Muon", "lr": args.lr,
+                   "weight_decay": args.weight_decay},
+                  {"params": others, "lr": SGD_LR, **sgd},
+                  {"params": head, "lr": HEAD_RATE * SGD_LR, **sgd}]
     engine.check_groups(model, groups)
-    return torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=args.weight_decay,
-                           nesterov=True)
+    return Muon(groups, runtime.dtype, runtime.device.type != "cpu", MUON_ITERATIONS)
 
 
 def main() -> None:
@@ -110,7 +134,7 @@ def main() -> None:
     # At least 32 pixels: below, the bf16 gradients of oneDNN depend on what memory held before.
     sizes = engine.low_resolution_first(run.epochs, args.low_res, max(size // 2, 32), size)
     cutmix = engine.cutmix_by_epoch(run.epochs, args.cutmix)
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, args, runtime)
     scheduler = engine.one_cycle(optimizer, run.total_steps)
     run.start(model, optimizer, scheduler, sizes, AUGMENT)
     for epoch in range(run.epoch, run.epochs):

@@ -1,7 +1,6 @@
 """Networks, augmentations and flags of one's own work, and nothing about a run stays silent."""
 
 import argparse
-import importlib
 import json
 import logging
 import subprocess
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, script
-from test_engine import begin, make_optimizer
+from test_engine import begin
 from torch import nn
 
 import data
@@ -57,7 +56,7 @@ def start(parse, monkeypatch, runtime):
 
     def start_run(model, *flags, name="train_resnet", runtime=runtime, pad=None):
         script, args = parse(name, "--overwrite", *flags)
-        optimizer = make_optimizer(script, model, args, runtime)
+        optimizer = script.make_optimizer(model, args, runtime)
         if pad is not None:
             optimizer.pad = pad
         return begin(args, runtime, 3, runtime.place(model), optimizer, [8] * args.epochs)
@@ -131,23 +130,6 @@ def test_the_layers_of_a_network_are_named_by_what_they_hold():
                            nn.ReLU()), "same": nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))})
     assert models.describe(model)["layers"] == [
         ["empty", "Sequential", 0], ["mixed", "Sequential", 3], ["same", "2 x Linear", 5]]
-
-
-def test_muon_pads_to_weights_whose_first_gradient_comes_late():
-    script = importlib.import_module("train_resnet")
-    for late in (8, 3):
-        ends = []
-        for pad in (False, True):
-            torch.manual_seed(0)
-            weights = [nn.Parameter(torch.randn(8, width, 3, 3)) for width in (4, 2, late)]
-            optimizer = script.Muon([{"params": weights, "muon": 0.9, "lr": 0.1}],
-                                    torch.float32, pad)
-            for trained in (weights[:2], weights):
-                for weight in trained:
-                    weight.grad = torch.randn_like(weight)
-                optimizer.step()
-            ends.append(weights)
-        torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_is_used_with_the_recipe_of_its_run_whatever_its_kind(tmp_path, monkeypatch):

@@ -32,12 +32,6 @@ PARTS = {"train_resnet": (models.ResNet, 20, 32),
 both = pytest.mark.parametrize("name", PARTS)
 
 
-def make_optimizer(script, model, args, runtime) -> torch.optim.Optimizer:
-    """Return a script's own optimizer. Part 1's depends on the device and the precision."""
-    extra = [runtime] if script.__name__ == "train_resnet" else []
-    return script.make_optimizer(model, args, *extra)
-
-
 def begin(args, runtime, steps, model, optimizer, sizes) -> tuple[engine.Run, data.Batches]:
     """Start a run of epochs of so many steps of 10 images; return it and its batches."""
     images = torch.zeros(10 * steps, 3, 32, 32, dtype=torch.uint8)
@@ -59,7 +53,7 @@ def make_run(parse, monkeypatch):
         network, low, full = PARTS[name]
         model = runtime.place(network())
         sizes = engine.low_resolution_first(args.epochs, args.low_res, low, full)
-        optimizer = make_optimizer(script, model, args, runtime)
+        optimizer = script.make_optimizer(model, args, runtime)
         return begin(args, runtime, steps, model, optimizer, sizes)
 
     return make
@@ -202,30 +196,6 @@ def test_a_step_of_part_1_launches_few_kernels(make_run, monkeypatch):
     assert sum(counts.values()) < 766 / 2
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_padded_matrices_become_as_orthogonal_as_others(parse, dtype, tolerance):
-    """In fewer kernels, for GPUs; also of channels-first weights."""
-    script, _ = parse("train_resnet")
-    weights = []
-    for pad in (False, True):
-        torch.manual_seed(0)
-        model = models.ResNet()
-        if dtype == torch.float32:
-            model.to(memory_format=torch.channels_last)
-        convolutions = [p for p in model.parameters() if p.ndim == 4]
-        group = {"params": convolutions, "muon": 0.9, "lr": 0.1, "weight_decay": 0.005}
-        optimizer = script.Muon([group], dtype, pad)
-        for _ in range(2):
-            for weight in convolutions:
-                weight.grad = torch.randn_like(weight)
-            optimizer.step()
-            assert all(p.grad.is_contiguous(memory_format=torch.channels_last)
-                       for p in convolutions)
-        weights.append(convolutions)
-    for one, other in zip(*weights, strict=True):
-        assert (one - other).abs().max() < tolerance
-
-
 def test_the_momentum_lies_in_memory_as_its_weight_does(runtime, make_run):
     """Also of a checkpoint whose weights lay in another way: else each step takes a slow path."""
     run, batches = make_run("train_resnet", runtime, 1)
@@ -331,7 +301,7 @@ def test_a_step_that_overflows_in_fp16_changes_nothing(name, parse):
     script, args = parse(name)
     model = PARTS[name][0]()
     runtime = utils.Runtime(torch.device("cuda"), torch.float16)
-    optimizer = make_optimizer(script, model, args, runtime)
+    optimizer = script.make_optimizer(model, args, runtime)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.zeros(()))
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Both scripts as a user runs them: what they print, write and refuse; and Muon, of part 1."""
+"""Both scripts as a user runs them: what they print, write and refuse."""
 
 import csv
 import ctypes
@@ -19,7 +19,6 @@ from helpers import ROOT, contents, result, script, without_pictures, write_bina
 import engine
 import models
 import report
-import train_resnet
 
 # Flags without which a script needs files that a test has not.
 SMALL = {"train_resnet": [],
@@ -388,74 +387,3 @@ def test_the_last_epochs_are_not_mixed(name, data_dir, tmp_path):
 @pytest.mark.parametrize("epochs, unmixed", [(1, 0), (3, 0), (4, 1), (10, 3), (20, 6), (60, 6)])
 def test_so_many_epochs_end_without_cutmix(epochs, unmixed):
     assert engine.cutmix_by_epoch(epochs, 0.5) == [0.5] * (epochs - unmixed) + [0] * unmixed
-
-
-@pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])
-def test_orthogonalized_matrices_have_singular_values_near_1(shape):
-    torch.manual_seed(0)
-    matrices = torch.randn(shape)
-    values = torch.linalg.svdvals(train_resnet.orthogonalize(matrices, torch.float32))
-    assert values.min() > 0.6 and values.max() < 1.3
-    # The singular vectors stay: what comes out is U f(S) V' of what went in.
-    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    product = left.mT @ train_resnet.orthogonalize(matrices, torch.float32) @ right.mT
-    diagonal = torch.diag_embed(torch.diagonal(product, dim1=1, dim2=2))
-    torch.testing.assert_close(product, diagonal, atol=1e-4, rtol=0)
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch.optim.Muon of torch 2.9")
-def test_muon_takes_the_steps_of_torchs_own():
-    """Which takes matrices alone, and computes in bf16."""
-    torch.manual_seed(0)
-    weights = [torch.nn.Parameter(torch.randn(8, 4, 3, 3)) for _ in range(2)]
-    matrices = [torch.nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
-    starts = [matrix.detach().clone() for matrix in matrices]
-    group = {"params": weights, "muon": 0.9, "lr": 0.05, "weight_decay": 0.1}
-    ours = train_resnet.Muon([group], torch.bfloat16)
-    theirs = torch.optim.Muon(matrices, 0.05, weight_decay=0.1, momentum=0.9)
-    for _ in range(3):
-        for weight, matrix in zip(weights, matrices, strict=True):
-            weight.grad = torch.randn_like(weight)
-            matrix.grad = weight.grad.flatten(1).clone()
-        ours.step()
-        theirs.step()
-    for weight, matrix, start in zip(weights, matrices, starts, strict=True):
-        moved, difference = matrix - start, weight.flatten(1) - matrix
-        assert difference.norm() < 0.05 * moved.norm()
-
-
-def test_sgd_takes_the_steps_of_torchs_own(parse, runtime):
-    """All weights at one rate, the matrices with decay: those that the head of the script gives."""
-    script, args = parse("train_resnet", "--overwrite", "--optimizer", "sgd")
-    assert script.SGD.items() <= vars(args).items()
-    torch.manual_seed(0)
-    ours, theirs = models.ResNet(), models.ResNet()
-    theirs.load_state_dict(ours.state_dict())
-    optimizer = script.make_optimizer(ours, args, runtime)
-    decays = {id(parameter): args.weight_decay * (parameter.ndim > 1)
-              for parameter in theirs.parameters()}
-    reference = torch.optim.SGD(
-        [{"params": [parameter], "weight_decay": decays[id(parameter)]}
-         for parameter in theirs.parameters()], args.lr, momentum=0.9, nesterov=True)
-    for _ in range(3):
-        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            one.grad = torch.randn_like(one)
-            other.grad = one.grad.clone()
-        optimizer.step()
-        reference.step()
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
-
-
-def test_muon_moves_the_convolutions_and_sgd_the_rest(runtime, monkeypatch):
-    """With the rates and decays that the head of the script gives, and each parameter once."""
-    monkeypatch.setattr(sys, "argv", ["train_resnet", "--overwrite"])
-    model, args = models.ResNet(), train_resnet.parse_args()
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    convolutions, head, vectors = train_resnet.make_optimizer(model, args, runtime).param_groups
-    assert "muon" in convolutions and not {"muon"} & {*head, *vectors}
-    assert (convolutions["lr"], convolutions["weight_decay"]) == (args.lr, args.weight_decay)
-    assert [names[p] for p in head["params"]] == ["fc.weight"]
-    assert all(p.ndim == 1 for p in vectors["params"]) and vectors["weight_decay"] == 0
-    groups = convolutions, head, vectors
-    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
