@@ -12,6 +12,7 @@ class Muon(torch.optim.SGD):
     are plain SGD. The orthogonalisation computes in `dtype`, and unlike torch.optim.Muon for many
     matrices at once: all of one shape, or with `pad` all that have the same number of rows, the
     narrower ones padded with zeros (more arithmetic in fewer kernels, faster only on a GPU).
+    `iterations` are those of `orthogonalize`.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False,
@@ -73,8 +74,9 @@ class Muon(torch.optim.SGD):
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
     """Bring the singular values of (N, rows, columns) near 1, and keep the singular vectors.
 
-    By five Newton-Schulz iterations U S V' becomes about U V'; fewer leave the small ones smaller.
-    Columns of zeros stay zeros. The coefficients of x -> a x + b x^3 + c x^5 are Jordan's.
+    By five Newton-Schulz iterations U S V' becomes about U V'. With fewer, small singular values
+    end further below 1. Columns of zeros stay zeros. The coefficients of x -> a x + b x^3 + c x^5
+    are Jordan's.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT, dtype, iterations).mT

@@ -88,9 +88,10 @@ def our_tasks(code: SimpleNamespace, name: str, flags: list[str], images: data.S
     script, engine, data = getattr(code, name), code.engine, code.data
     args = script.parse_args()
     runtime = code.utils.choose_runtime(args.device, args.precision, args.compile)
-    model = code.models.ResNet() if name == "train_resnet" else code.models.resnet18("random")
+    models = code.models
+    model = models.ResNet(dropout=0) if name == "train_resnet" else models.resnet18("random")
     model = runtime.place(model)
-    # Muon depends on the device and the precision.
+    # An older checkout's part 2 takes no runtime.
     wanted = len(inspect.signature(script.make_optimizer).parameters)
     optimizer = script.make_optimizer(*(model, args, runtime)[:wanted])
     scaler = runtime.scaler()

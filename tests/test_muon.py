@@ -21,7 +21,6 @@ def test_orthogonalized_matrices_have_singular_values_near_1(shape):
     torch.testing.assert_close(product, diagonal, atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch.optim.Muon of torch 2.9")
 def test_muon_takes_the_steps_of_torchs_own():
     """Which takes matrices alone, and computes in bf16."""
     torch.manual_seed(0)
@@ -142,3 +141,44 @@ def test_fewer_iterations_leave_small_singular_values_smaller():
     matrix = torch.diag(torch.tensor([1.0, 0.5, 0.01]))[None]
     three, five = (orthogonalize(matrix, torch.float32, n)[0].diagonal() for n in (3, 5))
     assert 0.2 < three[2] < 0.5 < 0.6 < five.min() and five.max() < 1.3
+
+
+def test_in_part_2_sgd_takes_the_steps_of_torchs_own(parse, runtime):
+    """To the bit, and a checkpoint of then is one of SGD."""
+    script, args = parse("finetune_resnet18")
+    assert args.recipe["optimizer"] == args.optimizer == "sgd"
+    ours, theirs = models.resnet18("random"), models.resnet18("random")
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = script.make_optimizer(ours, args, runtime)
+    backbone = [weight for name, weight in theirs.named_parameters() if "fc." not in name]
+    reference = torch.optim.SGD(
+        [{"params": backbone, "lr": 0.003}, {"params": theirs.fc.parameters(), "lr": 0.03}],
+        momentum=0.9, weight_decay=5e-4, nesterov=True)
+    for _ in range(2):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_part_2_takes_steps_by_muon_in_three_iterations_padded_or_not(parse, runtime):
+    script, args = parse("finetune_resnet18", "--optimizer", "muon")
+    models_of = {}
+    for iterations, pad in ((3, False), (3, True), (5, False)):
+        torch.manual_seed(0)
+        model = models.resnet18("random")
+        optimizer = script.make_optimizer(model, args, runtime._replace(dtype=torch.float32))
+        assert optimizer.iterations == 3
+        optimizer.iterations, optimizer.pad = iterations, pad
+        before = [weight.clone() for weight in model.parameters()]
+        for weight in model.parameters():
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        for weight, was in zip(model.parameters(), before, strict=True):
+            assert not torch.equal(weight, was)
+        models_of[iterations, pad] = nn.utils.parameters_to_vector(model.parameters())
+    torch.testing.assert_close(models_of[3, True], models_of[3, False], atol=1e-5, rtol=0)
+    assert not torch.allclose(models_of[3, False], models_of[5, False], atol=1e-5, rtol=0)
