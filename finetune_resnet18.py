@@ -93,7 +93,6 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Ru
 
     The new head, `fc`, learns faster.
     """
-    kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d)}
     head, backbone = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -103,8 +102,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Ru
         groups = [{"params": backbone, "lr": args.lr, **sgd},
                   {"params": head, "lr": HEAD_RATE * args.lr, **sgd}]
     else:
-        convolutions = [parameter for parameter in backbone if parameter in kernels]
-        others = [parameter for parameter in backbone if parameter not in kernels]
+        convolutions = [parameter for parameter in backbone if parameter.ndim == 4]
+        others = [parameter for parameter in backbone if parameter.ndim != 4]
         groups = [{"params": convolutions, "muon": MOMENTUM, "kind": "Muon", "lr": args.lr,
                    "weight_decay": args.weight_decay},
                   {"params": others, "lr": SGD_LR, **sgd},

@@ -79,7 +79,19 @@ def test_muon_pads_to_weights_whose_first_gradient_comes_late():
         torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
-def test_sgd_takes_the_steps_of_torchs_own(parse, runtime):
+def after_three_steps(ours, optimizer, theirs, reference) -> list[tuple[nn.Parameter, ...]]:
+    """Have both take three steps with the same random gradients; return the weights in pairs."""
+    pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
+    for _ in range(3):
+        for one, other in pairs:
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    return pairs
+
+
+def test_in_part_1_sgd_takes_the_steps_of_torchs_own(parse, runtime):
     """All weights at one rate, the matrices with decay: those that the head of the script gives."""
     script, args = parse("train_resnet", "--overwrite", "--optimizer", "sgd")
     assert script.SGD.items() <= vars(args).items()
@@ -92,13 +104,7 @@ def test_sgd_takes_the_steps_of_torchs_own(parse, runtime):
     reference = torch.optim.SGD(
         [{"params": [parameter], "weight_decay": decays[id(parameter)]}
          for parameter in theirs.parameters()], args.lr, momentum=0.9, nesterov=True)
-    for _ in range(3):
-        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            one.grad = torch.randn_like(one)
-            other.grad = one.grad.clone()
-        optimizer.step()
-        reference.step()
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for one, other in after_three_steps(ours, optimizer, theirs, reference):
         torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-6)
 
 
@@ -144,7 +150,7 @@ def test_fewer_iterations_leave_small_singular_values_smaller():
 
 
 def test_in_part_2_sgd_takes_the_steps_of_torchs_own(parse, runtime):
-    """To the bit, and a checkpoint of then is one of SGD."""
+    """To the bit; and a checkpoint from before there was --optimizer is one of SGD."""
     script, args = parse("finetune_resnet18")
     assert args.recipe["optimizer"] == args.optimizer == "sgd"
     ours, theirs = models.resnet18("random"), models.resnet18("random")
@@ -154,19 +160,13 @@ def test_in_part_2_sgd_takes_the_steps_of_torchs_own(parse, runtime):
     reference = torch.optim.SGD(
         [{"params": backbone, "lr": 0.003}, {"params": theirs.fc.parameters(), "lr": 0.03}],
         momentum=0.9, weight_decay=5e-4, nesterov=True)
-    for _ in range(2):
-        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            one.grad = torch.randn_like(one)
-            other.grad = one.grad.clone()
-        optimizer.step()
-        reference.step()
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for one, other in after_three_steps(ours, optimizer, theirs, reference):
         assert torch.equal(one, other)
 
 
 def test_part_2_takes_steps_by_muon_in_three_iterations_padded_or_not(parse, runtime):
     script, args = parse("finetune_resnet18", "--optimizer", "muon")
-    models_of = {}
+    ends = {}
     for iterations, pad in ((3, False), (3, True), (5, False)):
         torch.manual_seed(0)
         model = models.resnet18("random")
@@ -179,6 +179,6 @@ def test_part_2_takes_steps_by_muon_in_three_iterations_padded_or_not(parse, run
         optimizer.step()
         for weight, was in zip(model.parameters(), before, strict=True):
             assert not torch.equal(weight, was)
-        models_of[iterations, pad] = nn.utils.parameters_to_vector(model.parameters())
-    torch.testing.assert_close(models_of[3, True], models_of[3, False], atol=1e-5, rtol=0)
-    assert not torch.allclose(models_of[3, False], models_of[5, False], atol=1e-5, rtol=0)
+        ends[iterations, pad] = nn.utils.parameters_to_vector(model.parameters())
+    torch.testing.assert_close(ends[3, True], ends[3, False], atol=1e-5, rtol=0)
+    assert not torch.allclose(ends[3, False], ends[5, False], atol=1e-5, rtol=0)
