@@ -51,12 +51,11 @@ def parse_args() -> argparse.Namespace:
     # 100 divides 50,000 and 45,000: a last batch of another size would be compiled anew.
     recipe("--batch-size", type=bounded(int, 2), default=100, metavar="N",
         help="images per optimizer step")
-    recipe("--optimizer", choices=("sgd", "muon"), default="sgd",
-        help="sgd: SGD for all; muon: Muon for the convolutions, SGD for the rest")
+    recipe("--optimizer", choices=("muon", "sgd"), default="muon",
+        help="muon: Muon for the convolutions, SGD for the rest; sgd: SGD for all")
     recipe("--lr", type=bounded(float, 1e-9), metavar="LR",
-        help=f"with sgd: peak learning rate of the pre-trained layers (the head's is {HEAD_RATE} "
-             f"times that; default: {SGD_LR}); with muon: of the convolutions alone "
-             f"(default: {MUON_LR})")
+        help=f"with muon: peak learning rate of the convolutions (default: {MUON_LR}); with sgd: "
+             f"of all pre-trained layers (the head's is {HEAD_RATE} times that; default: {SGD_LR})")
     recipe("--weight-decay", type=bounded(float, 0), default=5e-4, metavar="WD",
         help="weight decay of all weights")
     recipe("--image-size", type=bounded(int, 32), default=224, metavar="PIXELS",
@@ -89,7 +88,7 @@ def make_model(args: argparse.Namespace) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Runtime) -> Muon:
-    """Return SGD for all, or Muon for the convolutions and SGD for the rest; with peak rates.
+    """Return Muon for the convolutions and SGD for the rest, or SGD for all; with peak rates.
 
     The new head, `fc`, learns faster.
     """
