@@ -24,7 +24,6 @@ import engine
 import models
 import report
 import utils
-from muon import Muon
 from utils import bounded
 
 REQUIRED = 70.0  # test accuracy in %, set by the course
@@ -87,7 +86,8 @@ def make_model(args: argparse.Namespace) -> nn.Module:
                                download=not args.no_download)
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Runtime) -> Muon:
+def make_optimizer(model: nn.Module, args: argparse.Namespace,
+                   runtime: utils.Runtime) -> models.Muon:
     """Return Muon for the convolutions and SGD for the rest, or SGD for all; with peak rates.
 
     The new head, `fc`, learns faster.
@@ -109,7 +109,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Ru
                   {"params": head, "lr": HEAD_RATE * SGD_LR, **sgd}]
     engine.check_groups(model, groups)
     pad = runtime.device.type != "cpu"
-    return Muon(groups, runtime.dtype, pad=pad, iterations=MUON_ITERATIONS)
+    return models.Muon(groups, runtime.dtype, pad=pad, iterations=MUON_ITERATIONS)
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ import engine
 import models
 import report
 import utils
-from muon import Muon
 from utils import bounded
 
 REQUIRED = 60.0  # test accuracy in %, set by the course
@@ -97,7 +96,8 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     return models.ResNet(dropout=args.dropout)
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Runtime) -> Muon:
+def make_optimizer(model: nn.Module, args: argparse.Namespace,
+                   runtime: utils.Runtime) -> models.Muon:
     """Return Muon for the convolutions and SGD for the rest, or SGD for all; with peak rates."""
     kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d)}
     convolutions, matrices, vectors = [], [], []
@@ -114,7 +114,7 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: utils.Ru
                   {"params": matrices, "lr": OTHER_LR, "weight_decay": HEAD_DECAY, **sgd},
                   {"params": vectors, "lr": OTHER_LR, **sgd}]
     engine.check_groups(model, groups)
-    return Muon(groups, runtime.dtype, pad=runtime.device.type != "cpu")
+    return models.Muon(groups, runtime.dtype, pad=runtime.device.type != "cpu")
 
 
 def main() -> None:

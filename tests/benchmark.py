@@ -74,7 +74,7 @@ def matrix_product(device: torch.device, dtype: torch.dtype, size: int = 2048) -
 def modules_of(checkout: Path) -> SimpleNamespace:
     """Import the modules of a checkout, beside those of others of the same names."""
     names = ("utils", "models", "data", "report", "engine", *SIZES)
-    others = {name: sys.modules.pop(name, None) for name in (*names, "muon")}
+    others = {name: sys.modules.pop(name, None) for name in names}
     sys.path.insert(0, str(checkout))
     found = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.pop(0)

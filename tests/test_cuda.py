@@ -17,7 +17,7 @@ from helpers import IS_TORCH_2_10, ROOT, call, needs_cuda, result, script, witho
 from test_ranks import join
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import muon
+import models
 import utils
 
 cuda, slow = pytest.mark.cuda, pytest.mark.slow
@@ -192,7 +192,7 @@ def print_dtypes() -> None:
                                                     torch.ones(100, 8, device="cuda"))
             labels = torch.zeros(4, dtype=torch.int64, device="cuda")
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-            matrix = muon.orthogonalize(torch.ones(2, 8, 8, device="cuda"), runtime.dtype)
+            matrix = models.orthogonalize(torch.ones(2, 8, 8, device="cuda"), runtime.dtype)
             print(logits.dtype, loss.dtype, matrix.dtype)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import models
-from muon import Muon, orthogonalize
+from models import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 288), (3, 64, 32), (1, 32, 27)])
