@@ -1,8 +1,8 @@
 """The two networks, and Muon, the optimizer of their convolutions.
 
-The networks are the assignment's ResNet for 32 x 32 images, and torchvision's ResNet-18. Nothing
-here touches a device or reads a flag: `ResNet()` and `resnet18()` return plain float32 modules on
-the CPU, whose `state_dict()` is what the scripts write to `model.pt`.
+The networks are the assignment's ResNet for 32 x 32 images, and torchvision's ResNet-18. `ResNet()`
+and `resnet18()` return plain float32 modules on the CPU, whose `state_dict()` is what the scripts
+write to `model.pt`. Nothing here reads a flag.
 """
 
 import hashlib

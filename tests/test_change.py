@@ -65,7 +65,8 @@ def start(parse, monkeypatch, runtime):
 
 
 @pytest.mark.parametrize("name, pad", [
-    ("train_resnet", False), ("train_resnet", True), ("finetune_resnet18", None)])
+    ("train_resnet", False), ("train_resnet", True),
+    ("finetune_resnet18", False), ("finetune_resnet18", True)])
 def test_all_weights_of_a_network_of_ones_own_are_trained(start, name, pad, caplog):
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
@@ -284,6 +285,22 @@ def test_a_checkpoint_from_before_a_flag_was_added_has_the_flags_default(stopped
     (directory / "checkpoint.pt").write_bytes(whole)
     assert other.returncode == 2 and "other settings: --optimizer sgd (was muon)" in other.stderr
     assert same.returncode == utils.STOPPED and "resume     after 0 epochs" in same.stdout
+
+
+def test_a_checkpoint_of_part_2_from_before_it_had_an_optimizer_flag_is_one_of_sgd(
+        tmp_path, data_dir):
+    flags = [*SMALL, "--data-dir", data_dir, "--weights", "random", "--image-size", 32, "--resume",
+             "--output-dir", tmp_path]
+    sgd = [*flags, "--optimizer", "sgd"]
+    process = script("finetune_resnet18", *sgd, "--max-minutes", 0.001)
+    assert process.returncode == utils.STOPPED
+    state = utils.load_tensors(tmp_path / "checkpoint.pt")
+    del state["settings"]["optimizer"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    refused, resumed = script("finetune_resnet18", *flags), script("finetune_resnet18", *sgd)
+    assert refused.returncode == 2
+    assert "other settings: --optimizer muon (was sgd)" in refused.stderr
+    assert resumed.returncode == 0 and "resume     after 0 epochs" in resumed.stdout
 
 
 def test_what_a_run_is_of_stands_in_its_files(stopped):

@@ -166,6 +166,7 @@ def test_in_part_2_sgd_takes_the_steps_of_torchs_own(parse, runtime):
 
 def test_part_2_takes_steps_by_muon_in_three_iterations_padded_or_not(parse, runtime):
     script, args = parse("finetune_resnet18")
+    assert args.optimizer == "muon"
     ends = {}
     for iterations, pad in ((3, False), (3, True), (5, False)):
         torch.manual_seed(0)

@@ -208,14 +208,18 @@ def test_every_trial_has_flags_that_the_scripts_take_and_a_machine_that_is_descr
     assert rows
 
 
-def test_each_run_that_is_kept_ended_with_the_number_in_the_table():
-    for directory in (ROOT / "tests" / "runs").iterdir():
-        run = report.read_run(directory)
+def test_each_run_that_is_kept_ended_with_the_accuracy_of_its_row():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in DOCUMENTS["tests/README.md"].splitlines() if line.startswith("| `")]
+    runs = [report.read_run(path) for path in (ROOT / "tests" / "runs").iterdir()]
+    assert runs
+    for run in runs:
         last, code = run.history[-1], run.config["code"]
-        assert last["epoch"] == last["epochs"] == len(run.history) and not code["changed"]
-        accuracy, commit = f" {100 * last['test_acc']:.2f} ", f" {code['commit'][:7]} |"
-        assert any(accuracy in line and line.endswith(commit)
-                   for line in DOCUMENTS["tests/README.md"].splitlines()), directory
+        assert last["epoch"] == last["epochs"] and not code["changed"]
+        (row,) = (row for row in rows if f"`{run.config['script']}.py" in row[0]
+                  and row[-1] == code["commit"][:7] and f"{100 * last['test_acc']:.2f} " in row[2])
+        assert row[1] == str(run.config["settings"]["seed"])
+        assert f"(training {100 * last['train_acc']:.1f})" in row[2]
 
 
 def test_ci_runs_the_test_command_of_the_readme_and_the_marked_rest():
