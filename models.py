@@ -169,10 +169,10 @@ class Muon(torch.optim.SGD):
 
     In a group with the key "muon" (the momentum), the gradient of each convolution (out, in, k, k)
     becomes a nearly orthogonal matrix (out, in k k), with no factor for its shape. All other groups
-    are plain SGD. The orthogonalisation computes in `dtype`, and unlike torch.optim.Muon for many
-    matrices at once: all of one shape, or with `pad` all that have the same number of rows, the
-    narrower ones padded with zeros (more arithmetic in fewer kernels, faster only on a GPU).
-    `iterations` are those of `orthogonalize`.
+    are plain SGD. `dtype` and `iterations` are those of `orthogonalize`, which unlike
+    torch.optim.Muon's takes many matrices at once: all of one shape, or with `pad` all of as many
+    rows, the narrower ones padded with zeros (more arithmetic in fewer kernels, faster only on a
+    GPU).
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False,
@@ -196,18 +196,19 @@ class Muon(torch.optim.SGD):
         super().step()
 
     def _orthogonalize_gradients(self, weights: list[Tensor], momentum: float) -> None:
-        batches = {}
+        # Lists of weights whose gradients are orthogonalised together.
+        alike = {}
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            batches.setdefault(len(weight) if self.pad else weight.shape, []).append(weight)
+            alike.setdefault(len(weight) if self.pad else weight.shape, []).append(weight)
         averages = [self.state[weight]["momentum_buffer"] for weight in weights]
         grads = [weight.grad for weight in weights]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         torch._foreach_lerp_(grads, averages, momentum)  # Nesterov's form
         orthogonal = self._padded if self.pad else self._of_one_shape
-        for batch in batches.values():
-            for weight, grad in zip(batch, orthogonal([w.grad for w in batch]), strict=True):
+        for some in alike.values():
+            for weight, grad in zip(some, orthogonal([w.grad for w in some]), strict=True):
                 grad = grad.to(weight.dtype, memory_format=torch.channels_last)
                 # SGD wants dense gradients. This copies the slices of padded matrices alone.
                 weight.grad = grad.contiguous(memory_format=torch.channels_last)
@@ -219,16 +220,16 @@ class Muon(torch.optim.SGD):
 
     def _padded(self, grads: list[Tensor]) -> list[Tensor]:
         # The columns are in the order of k, k, in, which is that of channels-last memory.
-        parts = [grad.permute(2, 3, 1, 0).flatten(0, 2) for grad in grads]  # (k k in, out)
-        rows, widest = len(grads[0]), max(map(len, parts))
+        narrow = [grad.permute(2, 3, 1, 0).flatten(0, 2) for grad in grads]  # (k k in, out) each
+        rows, widest = len(grads[0]), max(map(len, narrow))
         if (widest, rows) not in self.zeros:
-            self.zeros[widest, rows] = parts[0].new_zeros(widest, rows)
+            self.zeros[widest, rows] = narrow[0].new_zeros(widest, rows)
         zeros = self.zeros[widest, rows]
-        pieces = [piece for part in parts for piece in (part, zeros[: widest - len(part)])]
+        pieces = [piece for one in narrow for piece in (one, zeros[: widest - len(one)])]
         matrices = torch.cat(pieces).view(-1, widest, rows).mT  # (N, out, widest)
         matrices = orthogonalize(matrices, self.dtype, self.iterations).to(grads[0].dtype)
-        return [matrix[:, : len(part)].view(grad.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-                for matrix, part, grad in zip(matrices, parts, grads, strict=True)]
+        return [matrix[:, : len(one)].view(grad.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+                for matrix, one, grad in zip(matrices, narrow, grads, strict=True)]
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
