@@ -53,9 +53,9 @@ def parse_args() -> argparse.Namespace:
     recipe("--optimizer", choices=("muon", "sgd"), default="muon",
         help="muon: Muon for the convolutions, SGD for the rest; sgd: SGD for all")
     recipe("--lr", type=bounded(float, 1e-9), metavar="LR",
-        help=f"with muon: peak learning rate of the convolutions alone (default: {MUON_LR}); with "
-             f"sgd: of all pre-trained layers (default: {SGD_LR}); the head's is {HEAD_RATE} times "
-             "sgd's")
+        help="peak learning rate: with muon of the convolutions alone, beside which SGD keeps its "
+             f"own (default: {MUON_LR}), with sgd of all layers but the head, whose rate is "
+             f"{HEAD_RATE} times that (default: {SGD_LR})")
     recipe("--weight-decay", type=bounded(float, 0), default=5e-4, metavar="WD",
         help="weight decay of all weights")
     recipe("--image-size", type=bounded(int, 32), default=224, metavar="PIXELS",
