@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets.utils import calculate_md5
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 from tqdm import tqdm
 
 from utils import SIZE_LIMIT, Runtime, UserError, guard, log, rank_0_first, try_lock, unpickle
@@ -36,6 +37,7 @@ Stats = tuple[tuple[float, ...], tuple[float, ...]]
 CIFAR100_STATS = (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_PADDING = 4  # pixels on each side before the random crop, He et al. 2015, section 4.2
+OPERATIONS, LEVELS = 11, 30  # of trivial_augment; the levels are those of its paper, with a sign
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -157,17 +159,18 @@ class Batches:
     Images come normalised by `stats` and resized (bilinear) to `size` x `size` pixels, without
     worker processes, a copy of the set at that size, or host-device synchronisation in between.
     A random crop is one of 32 x 32 pixels out of the image padded by `padding` pixels on each side,
-    by reflection; resizing follows.
+    by reflection. A `strength` above 0 adds `trivial_augment()`; resizing follows.
     Iterating yields images (B, 3, size, size) and labels (B,) in the order of the split.
     """
 
     def __init__(self, split: Split, batch_size: int, stats: Stats, runtime: Runtime,
-                 size: int = 32, classes: int = CLASSES, padding: int = CROP_PADDING):
+                 size: int = 32, classes: int = CLASSES, padding: int = CROP_PADDING,
+                 strength: float = 0.0):
         device = runtime.device
         # A pixel's channels lie side by side, as the convolutions want them.
         images = split.images.contiguous(memory_format=torch.channels_last)
         self.images, self.labels = images.to(device), split.labels.to(device)
-        self.batch_size, self.size = batch_size, size
+        self.batch_size, self.size, self.strength = batch_size, size, strength
         self.classes = torch.arange(classes, device=device)
         self.pixels = torch.arange(32, device=device)
         self.rank, self.ranks = runtime.rank, runtime.ranks
@@ -221,21 +224,26 @@ class Batches:
             centres = 32 * torch.rand(2, count, generator=generator)
             edges = torch.cat([centres - sides / 2, centres + sides / 2])  # (4, count)
             draws += [order.roll(1), *edges.round().clamp(0, 32).long()]
-        draws = torch.stack(draws).to(self.images.device)  # (3, or with boxes 8, count)
+        if self.strength:
+            draws += [torch.randint(OPERATIONS, (count,), generator=generator),
+                      torch.randint(-LEVELS, LEVELS + 1, (count,), generator=generator)]
+        draws = torch.stack(draws).to(self.images.device)  # (3 to 10, count)
         for batch in draws.split(self.batch_size, dim=1)[start:]:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
             share = share if weight else batch[:, :1]
-            pasted = (share[3], share[4:]) if cutmix else ()
+            pasted = (share[3], share[4:8]) if cutmix else (None, None)
             labels = self._mixed_labels(share[0], *pasted) if cutmix else self.labels[share[0]]
-            yield self._augment(*share[:3], size, *pasted), labels, weight
+            changes = share[-2:] if self.strength else None
+            yield self._augment(*share[:3], size, *pasted, changes), labels, weight
 
     def _augment_eagerly(self, chosen: Tensor, down: Tensor, right: Tensor, size: int,
-                         other: Tensor | None = None, edges: Tensor | None = None) -> Tensor:
+                         other: Tensor | None = None, edges: Tensor | None = None,
+                         changes: Tensor | None = None) -> Tensor:
         """Pick, reflect-pad, crop, flip and mix (B,) images in one gather; return them finished.
 
         With `other` (B,), a box of these images is pasted; its `edges` (4, B) are top, left, bottom
-        and right in pixels.
+        and right in pixels. `changes` (2, B) are each image's operation and level.
         """
         rows, columns = self.crops[down], self.crops[right]  # (B, 32)
         sources = chosen[:, None, None]
@@ -245,7 +253,11 @@ class Batches:
             inside = in_rows[:, :, None] & in_columns[:, None]
             sources = torch.where(inside, other[:, None, None], sources)
         images = self.images[sources, :, rows[:, :, None], columns[:, None]]
-        return self._finish(images.permute(0, 3, 1, 2), size)
+        images = images.permute(0, 3, 1, 2)
+        if changes is not None:
+            levels = changes[1] * (self.strength / LEVELS)
+            images = 255 * trivial_augment(images / 255, changes[0], levels)
+        return self._finish(images, size)
 
     def _mixed_labels(self, chosen: Tensor, other: Tensor, edges: Tensor) -> Tensor:
         """Return float32 (B, classes): each class's share of the image's area."""
@@ -255,11 +267,43 @@ class Batches:
         return own.lerp(others, (height * width / 32**2)[:, None])
 
     def _finish(self, images: Tensor, size: int) -> Tensor:
-        """Return images uint8 (B, 3, 32, 32) as normalised float32 (B, 3, size, size)."""
+        """Return images (B, 3, 32, 32) of 0..255 as normalised float32 (B, 3, size, size)."""
         images = images.float() * self.scale + self.shift
         if size == images.shape[-1]:
             return images
         return F.interpolate(images, (size, size), mode="bilinear", antialias=size < 32)
+
+
+def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
+    """Change each image in one way (TrivialAugment, Müller & Hutter 2021, arXiv:2103.10158).
+
+    `images` are float32 (B, 3, H, W) in 0..1, as are those returned. `operation` int64 (B,) is 0
+    for none, 1 or 2 for shear, 3 or 4 for shift (along x or y), 5 for rotation, 6 for brightness, 7
+    for saturation, 8 for contrast, 9 for fewer bits and 10 for solarisation. `level` float32 (B,)
+    in -1..1 is the share of the greatest change, which is that of torchvision's TrivialAugmentWide.
+    What lies outside an image is its reflection. Sharpness and equalisation are left out.
+    """
+    def only(number: int, value: Tensor) -> Tensor:
+        return (operation == number) * value
+
+    turn = only(5, math.radians(135) * level)
+    rows = [turn.cos(), only(1, level) - turn.sin(), only(3, 2 * level),
+            turn.sin() + only(2, level), turn.cos(), only(4, 2 * level)]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
+
+    operation, level = operation.view(-1, 1, 1, 1), level.view(-1, 1, 1, 1)
+    grey = rgb_to_grayscale(images)
+    # Toward or away from black, from the pixel's own grey, or from that of the whole image.
+    start = only(7, grey) + only(8, grey.mean((2, 3), keepdim=True))
+    is_blend = (operation >= 6) & (operation <= 8)
+    images = torch.where(is_blend, start.lerp(images, 1 + level), images)
+    steps = 2 ** (8 - 6 * level.abs()).round()
+    coarse = (steps * images).floor().minimum(steps - 1) / steps
+    images = torch.where(operation == 9, coarse, images)
+    is_bright = (operation == 10) & (images > 1 - level.abs())
+    images = torch.where(is_bright, 1 - images, images).clamp(0, 1)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def epoch_seed(*numbers: int) -> int:

@@ -135,6 +135,9 @@ class Parser(argparse.ArgumentParser):
                               "share of its label (Yun et al. 2019); off in the last "
                               f"{10 * UNMIXED:g} of 10 epochs, at most {MOST_UNMIXED}"
                               + (f" ({cutmix_default})" if cutmix_default else ""))
+        add("--trivial-augment", type=bounded(float, 0, 1), default=0.0, metavar="S",
+            help="strength of TrivialAugment, one random change of shape or colour for each "
+                 "training image (Müller & Hutter 2021); 1: up to torchvision's widest")
         add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, metavar="N",
             help="of initial weights, order, augmentation and dropout")
         add("--max-steps", type=bounded(int, 1), metavar="N",
@@ -704,6 +707,8 @@ def recipe_in_words(run: Run) -> dict[str, str]:
     if run.args.cutmix:
         mixed = cutmix_by_epoch(run.epochs, run.args.cutmix)
         changes.append(f"CutMix until epoch {len(mixed) - mixed.count(0)}")
+    if run.args.trivial_augment:
+        changes.append(f"TrivialAugment {run.args.trivial_augment:g}")
     if run.augmentation:
         changes.append(getattr(run.augmentation, "__name__", "AUGMENT"))
     return {"optimizer": "; ".join(groups),

@@ -127,7 +127,7 @@ def main() -> None:
 
     dataset = data.hold_out(load_data(args), args.val_size)
     train = data.Batches(dataset.train, args.batch_size, STATS, runtime,
-                         classes=len(dataset.class_names))
+                         classes=len(dataset.class_names), strength=args.trivial_augment)
     evaluated = {name: data.Batches(split, EVAL_BATCH, STATS, runtime, size)
                  for name, split in dataset.evaluated().items()}
 

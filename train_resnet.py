@@ -130,7 +130,8 @@ def main() -> None:
 
     dataset = data.hold_out(load_data(args), args.val_size)
     train = data.Batches(dataset.train, args.batch_size, STATS, runtime,
-                         classes=len(dataset.class_names), padding=args.crop_padding)
+                         classes=len(dataset.class_names), padding=args.crop_padding,
+                         strength=args.trivial_augment)
     evaluated = {name: data.Batches(split, EVAL_BATCH, STATS, runtime, SIZE)
                  for name, split in dataset.evaluated().items()}
 

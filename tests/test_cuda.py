@@ -67,7 +67,8 @@ def test_a_killed_run_ends_with_the_same_bits(name, device, precision, data_dir,
     if device == "cuda":
         skip_without_bf16(precision)
     # The last epoch is without CutMix.
-    flags = ["--device", device, "--precision", precision, "--cutmix", 0.5, "--epochs", 4]
+    flags = ["--device", device, "--precision", precision, "--cutmix", 0.5, "--trivial-augment",
+             0.5, "--epochs", 4]
     whole, resumed = kill_and_resume(name, data_dir, tmp_path, *flags)
     assert whole == resumed
 

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import math
 import os
 import pickle
 import sys
@@ -21,6 +22,7 @@ from helpers import (
     write_python,
 )
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 import data
 import utils
@@ -304,10 +306,10 @@ def test_an_epoch_visits_every_image_once_with_its_label(runtime):
     assert torch.equal(numbers % 100, labels)
 
 
-@pytest.mark.parametrize("cutmix", [0, 0.5])
-def test_an_epoch_is_a_function_of_seed_and_epoch_alone(runtime, cutmix):
+@pytest.mark.parametrize("cutmix, strength", [(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)])
+def test_an_epoch_is_a_function_of_seed_and_epoch_alone(runtime, cutmix, strength):
     def draw(seed, epoch, start=0):
-        batches = data.Batches(data.synthetic(2, 1).train, 32, PLAIN, runtime)
+        batches = data.Batches(data.synthetic(2, 1).train, 32, PLAIN, runtime, strength=strength)
         drawn = list(batches.shuffled(seed, epoch, start, cutmix=cutmix))
         return [tensor for images, labels, _ in drawn for tensor in (images, labels)]
 
@@ -338,6 +340,48 @@ def test_cutmix_pastes_a_box_of_another_image_and_mixes_the_labels_by_its_area(r
     assert 35 < whole < 65
 
 
+@pytest.mark.parametrize("level", [-0.75, -0.25, 0, 0.5, 1])
+@pytest.mark.parametrize("operation", range(data.OPERATIONS))
+def test_trivial_augment_changes_an_image_as_torchvision_does(operation, level):
+    """But for what comes from outside the image, which torchvision makes black."""
+    images = 0.01 + 0.98 * data.synthetic(1, 1).train.images / 255
+    shear = math.degrees(math.atan(level))
+    moves = {1: {"shear": [shear, 0]}, 2: {"shear": [0, shear]}, 3: {"translate": [-32 * level, 0]},
+             4: {"translate": [0, -32 * level]}, 5: {"angle": -135 * level}}
+
+    def move(images):
+        still = {"angle": 0, "translate": [0, 0], "scale": 1, "shear": [0, 0]}
+        return functional.affine(images, **still | moves.get(operation, {}),
+                                 interpolation=functional.InterpolationMode.BILINEAR)
+
+    colours = {6: functional.adjust_brightness, 7: functional.adjust_saturation,
+               8: functional.adjust_contrast}
+    if operation in colours:
+        expected = colours[operation](images, 1 + level)
+    elif operation == 9:
+        expected = functional.posterize(images, round(8 - 6 * abs(level)))
+    elif operation == 10:
+        expected = functional.solarize(images, 1 - abs(level))
+    else:
+        expected = move(images)
+    ones = torch.ones(len(images))
+    got = data.trivial_augment(images, operation * ones.long(), level * ones)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    inside = move(torch.ones_like(images)) > 0.999
+    torch.testing.assert_close(got * inside, expected * inside, rtol=0, atol=1e-5)
+    assert operation == 0 or level == 0 or not torch.equal(got, images)
+
+
+def test_trivial_augment_draws_an_operation_and_a_level_for_each_image(runtime):
+    split = data.Split(data.synthetic(1, 1).train.images[:1].expand(500, -1, -1, -1),
+                       torch.arange(500))
+    plain, changed = (next(data.Batches(split, 500, PLAIN, runtime, padding=0, strength=strength)
+                           .shuffled(0, 0))[0] for strength in (0, 1))
+    # Nothing in one of eleven cases; else, an image differs from the rest, flipped or not.
+    assert 20 < (plain == changed).all((1, 2, 3)).sum() < 80
+    assert len(torch.unique(plain, dim=0)) == 2 and len(torch.unique(changed, dim=0)) > 300
+
+
 @pytest.mark.parametrize("flip, padding", [(0, 4), (1, 4), (1, 2), (0, 0)])
 def test_the_gather_equals_reflect_padding_crop_and_flip(runtime, flip, padding):
     split = data.synthetic(1, 1).train
@@ -363,14 +407,15 @@ def test_crops_and_flips_differ_from_image_to_image(runtime, padding):
     assert len(torch.unique(images[:, 0, 0], dim=0)) == 2 * offsets  # flipped or not
 
 
-@pytest.mark.parametrize("cutmix", [0, 0.5])
-def test_augmentation_compiles_whole_to_the_same_images(runtime, monkeypatch, cutmix):
+@pytest.mark.parametrize("cutmix, strength", [(0, 0), (0.5, 0), (0.5, 0.5)])
+def test_augmentation_compiles_whole_to_the_same_images(runtime, monkeypatch, cutmix, strength):
     """Crops, flips, normalisation and size, without a break; this backend needs no compiler."""
+    torch.compiler.reset()  # what the other cases compiled
     monkeypatch.setattr(torch, "compile", functools.partial(
         torch.compile, backend="aot_eager", fullgraph=True))
     split = data.Split(torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12))
-    eager, compiled = (data.Batches(split, 8, data.CIFAR100_STATS, runtime._replace(compile=how))
-                       for how in (False, True))
+    eager, compiled = (data.Batches(split, 8, data.CIFAR100_STATS, runtime._replace(compile=how),
+                                    strength=strength) for how in (False, True))
     for size in (20, 32):
         drawn = (batches.shuffled(0, 0, 0, size, cutmix) for batches in (eager, compiled))
         for one, other in zip(*drawn, strict=True):

@@ -106,7 +106,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, make_run, monkeypatch):
             runtime = utils.Runtime(torch.device("meta"), torch.float32)
             run, batches = make_run(name, runtime, steps, "--output-dir", steps)
             for size, cutmix in ((low, 0), (full, 0), (full, 0.5)):
-                run.position.step = 0
+                run.position.step, batches.strength = 0, cutmix
                 engine.train_one_epoch(run, batches.shuffled(0, 0, 0, size, cutmix), 0.1)
             batches.size = full
             engine.evaluate(run.network, batches, runtime)

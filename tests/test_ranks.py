@@ -79,7 +79,8 @@ def save_gradients(path: Path) -> None:
     network = DistributedDataParallel(model) if runtime.ranks > 1 else model
     gradients = []
     for batch_size, step, cutmix in BATCHES:
-        batches = data.Batches(data.synthetic(1, 1).train, batch_size, PLAIN, runtime)
+        batches = data.Batches(data.synthetic(1, 1).train, batch_size, PLAIN, runtime,
+                               strength=cutmix)
         images, labels, weight = next(batches.shuffled(0, 0, step, 16, cutmix))
         model.zero_grad()
         (F.cross_entropy(network(images), labels, label_smoothing=0.1) * weight).backward()

@@ -21,7 +21,8 @@ import report
 import utils
 
 # With all that draws random numbers. Before --crop-padding there was, images were padded by 4.
-SMALL = {"train_resnet": ["--cutmix", "0.5", "--dropout", "0.1", "--crop-padding", "4"],
+SMALL = {"train_resnet": ["--cutmix", "0.5", "--trivial-augment", "0.5", "--dropout", "0.1",
+                          "--crop-padding", "4"],
          "finetune_resnet18": ["--weights", "random", "--image-size", "32"]}
 KILLS = ("clock", "batch", "torn", "whole", "renamed")
 EVERY_STEP = ["--checkpoint-minutes", "0"]

@@ -162,8 +162,9 @@ def test_overwrite_begins_anew(small, name, tmp_path):
 
 @pytest.mark.parametrize("name, flag, value", [
     ("train_resnet", "--cutmix", 1), ("train_resnet", "--dropout", 0.5),
-    ("train_resnet", "--crop-padding", 9),
-    pytest.param("finetune_resnet18", "--cutmix", 1, marks=slow)])
+    ("train_resnet", "--crop-padding", 9), ("train_resnet", "--trivial-augment", 1),
+    pytest.param("finetune_resnet18", "--cutmix", 1, marks=slow),
+    pytest.param("finetune_resnet18", "--trivial-augment", 1, marks=slow)])
 def test_regularisation_changes_what_is_learnt(small, tmp_path, name, flag, value):
     heads = []
     for flags in ([], [flag, value]):
