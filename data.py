@@ -205,8 +205,8 @@ class Batches:
         """Yield every image once, randomly cropped and flipped, from batch number `start` on.
 
         With probability `cutmix` an image gets a box of another image, and their labels are mixed
-        by area (Yun et al. 2019, arXiv:1905.04899); all labels are then float32 (B, classes). All
-        random numbers are drawn on the CPU and depend on (seed, epoch) alone. Each rank gets its
+        by area (Yun et al. 2019, arXiv:1905.04899); all labels are then float32 (B, classes).
+        Random numbers are drawn on the CPU and depend on (seed, epoch) alone. Each rank gets its
         share of every batch, and the weight len(share) x ranks / len(batch): the mean over the
         ranks of weight x mean loss of the share is the mean loss of the batch. A rank without a
         share gets one image of weight 0.
@@ -243,7 +243,7 @@ class Batches:
         """Pick, reflect-pad, crop, flip and mix (B,) images in one gather; return them finished.
 
         With `other` (B,), a box of these images is pasted; its `edges` (4, B) are top, left, bottom
-        and right in pixels. `changes` (2, B) are each image's operation and level.
+        and right in pixels. `changes` (2, B), made last, are operation and level, to be scaled.
         """
         rows, columns = self.crops[down], self.crops[right]  # (B, 32)
         sources = chosen[:, None, None]
@@ -252,8 +252,7 @@ class Batches:
             in_rows, in_columns = within  # (B, 32) each
             inside = in_rows[:, :, None] & in_columns[:, None]
             sources = torch.where(inside, other[:, None, None], sources)
-        images = self.images[sources, :, rows[:, :, None], columns[:, None]]
-        images = images.permute(0, 3, 1, 2)
+        images = self.images[sources, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
         if changes is not None:
             levels = changes[1] * (self.strength / LEVELS)
             images = 255 * trivial_augment(images / 255, changes[0], levels)
@@ -280,8 +279,8 @@ def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     `images` are float32 (B, 3, H, W) in 0..1, as are those returned. `operation` int64 (B,) is 0
     for none, 1 or 2 for shear, 3 or 4 for shift (along x or y), 5 for rotation, 6 for brightness, 7
     for saturation, 8 for contrast, 9 for fewer bits and 10 for solarisation. `level` float32 (B,)
-    in -1..1 is the share of the greatest change, which is that of torchvision's TrivialAugmentWide.
-    What lies outside an image is its reflection. Sharpness and equalisation are left out.
+    in -1..1 is the share of the greatest change, about that of torchvision's TrivialAugmentWide.
+    Outside an image lies its reflection. Sharpness and equalisation are left out.
     """
     def only(number: int, value: Tensor) -> Tensor:
         return (operation == number) * value
@@ -301,7 +300,7 @@ def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     steps = 2 ** (8 - 6 * level.abs()).round()
     coarse = (steps * images).floor().minimum(steps - 1) / steps
     images = torch.where(operation == 9, coarse, images)
-    is_bright = (operation == 10) & (images > 1 - level.abs())
+    is_bright = (operation == 10) & (images > 1 - level.abs())  # none at level 0
     images = torch.where(is_bright, 1 - images, images).clamp(0, 1)
     return images.contiguous(memory_format=torch.channels_last)
 

@@ -122,22 +122,23 @@ class Parser(argparse.ArgumentParser):
         """Add a flag on which the numbers depend; the keywords are those of add_argument."""
         self.recipe_names.append(self._recipe_group.add_argument(flag, **keywords).dest)
 
-    def add_shared_recipe(self, cutmix_default: str | None = None) -> None:
+    def add_shared_recipe(self, cutmix: str = "", trivial_augment: str = "") -> None:
         """Add the flags of a recipe that mean the same in both scripts.
 
-        A script that chooses its --cutmix later says in `cutmix_default` how; else it is 0.
+        A script that chooses the default of one later ends its help with how; else it is 0.
         """
         add = self.add_recipe
         add("--label-smoothing", type=bounded(float, 0, 1), default=0.1, metavar="P",
             help="probability spread over all classes in the training loss (Szegedy et al. 2016)")
-        add("--cutmix", type=bounded(float, 0, 1), default=None if cutmix_default else 0.0,
-            metavar="P", help="probability that a training image gets a box of another image and a "
-                              "share of its label (Yun et al. 2019); off in the last "
-                              f"{10 * UNMIXED:g} of 10 epochs, at most {MOST_UNMIXED}"
-                              + (f" ({cutmix_default})" if cutmix_default else ""))
-        add("--trivial-augment", type=bounded(float, 0, 1), default=0.0, metavar="S",
+        add("--cutmix", type=bounded(float, 0, 1), default=None if cutmix else 0.0, metavar="P",
+            help="probability that a training image gets a box of another image and a share of its "
+                 f"label (Yun et al. 2019); off in the last {10 * UNMIXED:g} of 10 epochs, at most "
+                 f"{MOST_UNMIXED}{cutmix}")
+        add("--trivial-augment", type=bounded(float, 0, 1), metavar="S",
+            default=None if trivial_augment else 0.0,
             help="strength of TrivialAugment, one random change of shape or colour for each "
-                 "training image (Müller & Hutter 2021); 1: up to torchvision's widest")
+                 "training image (Müller & Hutter 2021); 1 allows about the greatest changes of "
+                 f"torchvision's TrivialAugmentWide{trivial_augment}")
         add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, metavar="N",
             help="of initial weights, order, augmentation and dropout")
         add("--max-steps", type=bounded(int, 1), metavar="N",

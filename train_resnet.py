@@ -29,13 +29,13 @@ LOW_SIZE = 20  # pixels; takes 0.4 x the arithmetic of 32, and the stages accept
 # What follows was chosen on --val-size 5000. First the peak learning rates and the decay:
 MUON = {"lr": 0.1, "weight_decay": 0.01}
 SGD = {"lr": 0.2, "weight_decay": 5e-4}
-# Then, with Muon, what depends on --epochs: the padding of short runs at 5 epochs, all of long runs
-# at 20. CutMix was not tried in short runs.
-SHORT_EPOCHS = 10  # the longest run that counts as short
-SHORT_RUN = {"crop_padding": 2, "cutmix": 0.0}
-LONG_RUN = {"crop_padding": data.CROP_PADDING, "cutmix": 0.5}
+# Then, with Muon, what depends on --epochs: the value of short runs, how many epochs these have at
+# most, and the value of longer ones. The padding was chosen at 5 epochs, CutMix at 20, and
+# TrivialAugment at 60 (--val-size 10000), the lengths between these.
+BY_LENGTH = {"crop_padding": (2, 10, data.CROP_PADDING), "cutmix": (0.0, 10, 0.5),
+             "trivial_augment": (0.0, 39, 0.5)}
 # What runs were trained with before there were these flags.
-BEFORE = {"dropout": 0.1, "crop_padding": data.CROP_PADDING, "cutmix": 0.0}
+BEFORE = {"dropout": 0.1, "crop_padding": data.CROP_PADDING, "cutmix": 0.0, "trivial_augment": 0.0}
 MOMENTUM = 0.9  # of Muon and of SGD, in Nesterov's form
 # Beside Muon: the peak rate of batch norms and head, and the decay of the head's matrix, as usual
 # for SGD. Norms and biases never have a decay.
@@ -68,12 +68,14 @@ def parse_args() -> argparse.Namespace:
         help="probability with which training zeroes an output of conv1")
     # Reflection does not repeat the pixels of the edge.
     recipe("--crop-padding", type=bounded(int, 0, SIZE - 1), metavar="PIXELS",
-        help="by how much a random crop moves an image at most, in each direction "
-             f"({default_by_length('crop_padding')})")
-    parser.add_shared_recipe(cutmix_default=default_by_length("cutmix"))
+        help="by how much a random crop moves an image at most, in each direction"
+             + default_by_length("crop_padding"))
+    parser.add_shared_recipe(cutmix=default_by_length("cutmix"),
+                             trivial_augment=default_by_length("trivial_augment"))
     args = parser.read()
     args.recipe |= BEFORE
-    chosen = SHORT_RUN if args.epochs <= SHORT_EPOCHS else LONG_RUN
+    chosen = {name: short if args.epochs <= most else long
+              for name, (short, most, long) in BY_LENGTH.items()}
     for name, value in {**chosen, **(SGD if args.optimizer == "sgd" else MUON)}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -81,9 +83,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def default_by_length(name: str) -> str:
-    """Return in words what a setting is by default."""
-    return (f"default: {SHORT_RUN[name]:g} with --epochs up to {SHORT_EPOCHS}, "
-            f"else {LONG_RUN[name]:g}")
+    """Return in words, for the end of a help, what a setting is by default."""
+    short, most, long = BY_LENGTH[name]
+    return f" (default: {short:g} with --epochs up to {most}, else {long:g})"
 
 
 def load_data(args: argparse.Namespace) -> data.Dataset:

@@ -28,8 +28,8 @@ import report
 import utils
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-# Size and number of a batch of 100 images, and the probability of CutMix. 13 cannot be divided by 2
-# or 3, and the third is of one image for all ranks.
+# Size and number of a batch of 100 images, and the probability of CutMix, which is the strength of
+# TrivialAugment, too. 13 cannot be divided by 2 or 3, and the third is of one image for all ranks.
 BATCHES = [(12, 0, 0), (13, 3, 0), (99, 1, 0), (13, 3, 0.5)]
 slow = pytest.mark.slow
 

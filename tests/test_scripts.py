@@ -345,19 +345,23 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
         "max_minutes"}
 
 
-SHORT = {"weight_decay": 0.01, "low_res": 0.3, "dropout": 0, "crop_padding": 2, "cutmix": 0}
-LONG = {**SHORT, "crop_padding": 4, "cutmix": 0.5}
+SHORT = {"weight_decay": 0.01, "low_res": 0.3, "dropout": 0, "crop_padding": 2, "cutmix": 0,
+         "trivial_augment": 0}
+MEDIUM = {**SHORT, "crop_padding": 4, "cutmix": 0.5}
+LONG = {**MEDIUM, "trivial_augment": 0.5}
 
 
-@pytest.mark.parametrize("epochs, chosen", [(1, SHORT), (10, SHORT), (11, LONG), (20, LONG)])
+@pytest.mark.parametrize("epochs, chosen", [
+    (1, SHORT), (10, SHORT), (11, MEDIUM), (20, MEDIUM), (39, MEDIUM), (40, LONG), (200, LONG)])
 def test_the_recipe_fits_the_length_unless_it_is_given(parse, epochs, chosen):
     _, args = parse("train_resnet", "--epochs", epochs)
     assert chosen.items() <= vars(args).items()
-    of_old_checkpoints = {"crop_padding": 4, "dropout": 0.1, "cutmix": 0}
+    of_old_checkpoints = {"crop_padding": 4, "dropout": 0.1, "cutmix": 0, "trivial_augment": 0}
     assert of_old_checkpoints.items() <= args.recipe.items()
-    given = {"crop_padding": 0, "cutmix": 0.25, "low_res": 0, "weight_decay": 0}
+    given = {"crop_padding": 0, "cutmix": 0.25, "trivial_augment": 0.25, "low_res": 0,
+             "weight_decay": 0}
     _, args = parse("train_resnet", "--epochs", epochs, "--crop-padding", 0, "--cutmix", 0.25,
-                    "--low-res", 0, "--weight-decay", 0)
+                    "--trivial-augment", 0.25, "--low-res", 0, "--weight-decay", 0)
     assert given.items() <= vars(args).items()
 
 
@@ -378,11 +382,11 @@ def print_cutmix() -> None:
 @both
 def test_the_last_epochs_are_not_mixed(name, data_dir, tmp_path):
     process = script(name, *SMALL[name], "--data-dir", data_dir, "--device", "cpu", "--batch-size",
-                     16, "--epochs", 4, "--cutmix", 1, "--output-dir", tmp_path,
-                     before=print_cutmix)
+                     16, "--epochs", 4, "--cutmix", 1, "--trivial-augment", 0.5, "--output-dir",
+                     tmp_path, before=print_cutmix)
     assert (process.returncode, process.stderr) == (0, "")
     assert re.findall("mixed (.*)", process.stdout) == ["1.0", "1.0", "1.0", "0.0"]
-    assert "random crop, flip, CutMix until epoch 3\n" in process.stdout
+    assert "random crop, flip, CutMix until epoch 3, TrivialAugment 0.5\n" in process.stdout
 
 
 @pytest.mark.parametrize("epochs, unmixed", [(1, 0), (3, 0), (4, 1), (10, 3), (20, 6), (60, 6)])
