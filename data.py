@@ -243,7 +243,7 @@ class Batches:
         """Pick, reflect-pad, crop, flip and mix (B,) images in one gather; return them finished.
 
         With `other` (B,), a box of these images is pasted; its `edges` (4, B) are top, left, bottom
-        and right in pixels. `changes` (2, B), made last, are operation and level, to be scaled.
+        and right in pixels. `changes` (2, B), made last: operations, and levels up to LEVELS.
         """
         rows, columns = self.crops[down], self.crops[right]  # (B, 32)
         sources = chosen[:, None, None]

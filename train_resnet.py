@@ -31,7 +31,7 @@ MUON = {"lr": 0.1, "weight_decay": 0.01}
 SGD = {"lr": 0.2, "weight_decay": 5e-4}
 # Then, with Muon, what depends on --epochs: the value of short runs, how many epochs these have at
 # most, and the value of longer ones. The padding was chosen at 5 epochs, CutMix at 20, and
-# TrivialAugment at 60 (--val-size 10000), the lengths between these.
+# TrivialAugment at 60 (--val-size 10000). The limits, between these, were not tried.
 BY_LENGTH = {"crop_padding": (2, 10, data.CROP_PADDING), "cutmix": (0.0, 10, 0.5),
              "trivial_augment": (0.0, 39, 0.5)}
 # What runs were trained with before there were these flags.
