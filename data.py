@@ -227,42 +227,39 @@ class Batches:
         if self.strength:
             draws += [torch.randint(OPERATIONS, (count,), generator=generator),
                       torch.randint(-LEVELS, LEVELS + 1, (count,), generator=generator)]
-        draws = torch.stack(draws).to(self.images.device)  # (3 to 10, count)
+        draws = torch.stack(draws).to(self.images.device)  # (3, 5, 8 or 10, count)
         for batch in draws.split(self.batch_size, dim=1)[start:]:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
             share = share if weight else batch[:, :1]
-            pasted = (share[3], share[4:8]) if cutmix else (None, None)
-            labels = self._mixed_labels(share[0], *pasted) if cutmix else self.labels[share[0]]
-            changes = share[-2:] if self.strength else None
-            yield self._augment(*share[:3], size, *pasted, changes), labels, weight
+            labels = self._mixed_labels(share) if cutmix else self.labels[share[0]]
+            yield self._augment(share, size, cutmix > 0), labels, weight
 
-    def _augment_eagerly(self, chosen: Tensor, down: Tensor, right: Tensor, size: int,
-                         other: Tensor | None = None, edges: Tensor | None = None,
-                         changes: Tensor | None = None) -> Tensor:
+    def _augment_eagerly(self, draws: Tensor, size: int, mixed: bool = False) -> Tensor:
         """Pick, reflect-pad, crop, flip and mix (B,) images in one gather; return them finished.
 
-        With `other` (B,), a box of these images is pasted; its `edges` (4, B) are top, left, bottom
-        and right in pixels. `changes` (2, B), made last: operations, and levels up to LEVELS.
+        Of `draws` the first three (B,) are the image and its crop's offset down and right. If it is
+        `mixed`, the other image follows, and its box's top, left, bottom and right in pixels. If
+        there is a `strength`, the last two are operation and level of the change.
         """
-        rows, columns = self.crops[down], self.crops[right]  # (B, 32)
-        sources = chosen[:, None, None]
-        if other is not None:
-            within = (self.pixels >= edges[:2, :, None]) & (self.pixels < edges[2:, :, None])
+        rows, columns = self.crops[draws[1]], self.crops[draws[2]]  # (B, 32)
+        sources = draws[0, :, None, None]
+        if mixed:
+            within = (self.pixels >= draws[4:6, :, None]) & (self.pixels < draws[6:8, :, None])
             in_rows, in_columns = within  # (B, 32) each
             inside = in_rows[:, :, None] & in_columns[:, None]
-            sources = torch.where(inside, other[:, None, None], sources)
+            sources = torch.where(inside, draws[3, :, None, None], sources)
         images = self.images[sources, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-        if changes is not None:
-            levels = changes[1] * (self.strength / LEVELS)
-            images = 255 * trivial_augment(images / 255, changes[0], levels)
+        if self.strength:
+            levels = draws[-1] * (self.strength / LEVELS)
+            images = 255 * trivial_augment(images / 255, draws[-2], levels)
         return self._finish(images, size)
 
-    def _mixed_labels(self, chosen: Tensor, other: Tensor, edges: Tensor) -> Tensor:
+    def _mixed_labels(self, draws: Tensor) -> Tensor:
         """Return float32 (B, classes): each class's share of the image's area."""
-        labels = self.labels[torch.stack([chosen, other])]  # (2, B)
+        labels = self.labels[torch.stack([draws[0], draws[3]])]  # (2, B)
         own, others = (labels[:, :, None] == self.classes).float()
-        height, width = edges[2:] - edges[:2]
+        height, width = draws[6:8] - draws[4:6]
         return own.lerp(others, (height * width / 32**2)[:, None])
 
     def _finish(self, images: Tensor, size: int) -> Tensor:

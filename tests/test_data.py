@@ -409,7 +409,8 @@ def test_the_gather_equals_reflect_padding_crop_and_flip(runtime, flip, padding)
         for right in range(offsets):
             expected = padded[chosen, :, down : 32 + down, right : 32 + right]
             expected = expected.flip(3) if flip else expected
-            got = batches._augment(chosen, down * ones, (right + offsets * flip) * ones, 32)
+            draws = torch.stack([chosen, down * ones, (right + offsets * flip) * ones])
+            got = batches._augment(draws, 32)
             assert got.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal((255 * got).round().byte(), expected)
 
