@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
     def add_shared_recipe(self, cutmix: str = "", trivial_augment: str = "") -> None:
         """Add the flags of a recipe that mean the same in both scripts.
 
-        A script that chooses a default later says in words, which end the help, how; else it is 0.
+        The words end the help of a flag whose default is chosen later; without words it is 0.
         """
         add = self.add_recipe
         add("--label-smoothing", type=bounded(float, 0, 1), default=0.1, metavar="P",
