@@ -48,16 +48,7 @@ TRAINED = ("model", "optimizer", "scheduler", "scaler")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows may lack quotas
-# What helps by hand, and in a job, whose file passes --output-dir from OUTPUT=.
-AFRESH = "--overwrite", "another OUTPUT="
-ELSEWHERE = "name another --output-dir", "set another OUTPUT="
-# Flags of other people's scripts, and what serves here.
-NO_WORKERS = "not needed, for the data are on the device"
-NO_MODEL = "the script makes its model in one place (README.md, 'Change it')"
-FOREIGN = {
-    "--workers": NO_WORKERS, "--num-workers": NO_WORKERS, "-j": NO_WORKERS, "--arch": NO_MODEL,
-    "--model": NO_MODEL, "--wd": "here --weight-decay", "--amp": "here --precision",
-    "--test-only": "here --eval-only", "--evaluate": "here --eval-only"}
+ELSEWHERE = "choose another output directory"
 
 # Of images (B, 3, H, W), labels (B,) or soft (B, C), and a generator on their device.
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
@@ -109,13 +100,8 @@ class Parser(argparse.ArgumentParser):
         """Raise UserError, for one line with hints, instead of printing the usage and exiting."""
         unknown = message.partition("unrecognized arguments:")[2]
         for flag in re.findall(r"(?<!\S)--?[a-zA-Z][\w-]*", unknown):
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.7)
-            hint = FOREIGN.get(flag.replace("_", "-").rstrip("0123456789"))
-            if hint or near:
-                message += f"; {flag}: {hint or f'do you mean {near[0]}?'}"
-        if "--overwrite" in message:
-            message += utils.wording("; --resume goes on, --overwrite begins again",
-                                     f"; a job has --resume: {ELSEWHERE[1]} for a new run")
+            for near in difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7):
+                message += f"; {flag}: do you mean {near}?"
         raise UserError(f"{message} (--help lists the flags)")
 
     def add_recipe(self, flag: str, **keywords: object) -> None:
@@ -197,9 +183,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
     lost = args.resume and "model.pt" in held and not set(CHECKPOINTS) & set(held)
     if held and (lost or not (args.resume or args.overwrite)):
         going_on = "no checkpoint is left to go on from" if lost else "--resume goes on with it"
-        ways = utils.wording(f"--overwrite replaces it, {going_on}, --output-dir names another "
-                             "place", f"no checkpoint: {ELSEWHERE[1]}")
-        raise UserError(f"{path}: already holds a run ({', '.join(held)}); {ways}")
+        raise UserError(f"{path}: already holds a run ({', '.join(held)}); {going_on}, "
+                        f"--overwrite replaces it, or {ELSEWHERE}")
 
 
 @dataclasses.dataclass
@@ -287,7 +272,7 @@ class Checkpoints:
                 os.replace(path, self.newest)
             return path, state, damaged
         if damaged:
-            raise UserError(f"{'; '.join(damaged)}; {utils.wording(*AFRESH)} starts again")
+            raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
         return None
 
 
@@ -337,7 +322,7 @@ class Run:
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.clock.catch_signals()
         with utils.guard(f"{self.output_dir}: cannot be written", OSError,
-                         f"; {utils.wording(*ELSEWHERE)}, or make room"):
+                         f"; {ELSEWHERE}, or make room"):
             state = None if self.runtime.rank else self._open()
         state = self.runtime.broadcast(state)
         if self.runtime.rank and state:
@@ -399,24 +384,24 @@ class Run:
         try:
             script, before, now = state["script"], state["settings"], self.config["settings"]
             if script != self.config["script"]:
-                raise UserError(f"{path}: written by {script}.py; {utils.wording(*ELSEWHERE)}")
+                raise UserError(f"{path}: written by {script}.py; {ELSEWHERE}")
             # A checkpoint from before a flag was added lacks it; `recipe` says what it stood for.
             before = self.args.recipe | before
             changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
                        for name in self.args.recipe if now[name] != before[name]]
             if changed:
                 raise UserError(f"{path}: cannot go on with other settings: {', '.join(changed)}; "
-                                f"use the old ones, or {utils.wording(*ELSEWHERE)}")
+                                f"use the old ones, or {ELSEWHERE}")
             if state["data"] != self.config["data"]:
                 raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
             if difference := models.difference(state["model"], self.model):
                 raise UserError(f"{path}: of another network: {difference}; "
-                                f"{utils.wording(*ELSEWHERE)}")
+                                f"{ELSEWHERE}")
             ours, saved = ([len(group["params"]) for group in optimizer["param_groups"]]
                            for optimizer in (self.optimizer.state_dict(), state["optimizer"]))
             if ours != saved:
                 raise UserError(f"{path}: of another optimizer, with groups of {saved} weights, "
-                                f"not {ours}; {utils.wording(*ELSEWHERE)}")
+                                f"not {ours}; {ELSEWHERE}")
             self._set_state(state)
             # Of the run, not of this start, which may leave out --weights.
             self.config["settings"] = before
@@ -531,7 +516,7 @@ class Run:
 
     def _stop(self, reason: str) -> NoReturn:
         where = f"{reason}: stopped in epoch {self.epoch + 1} after {self.step} steps"
-        newest, again = self.checkpoints.newest, f"{utils.wording(*utils.AGAIN)} goes on"
+        newest, again = self.checkpoints.newest, f"{utils.AGAIN} goes on"
         with utils.guard(f"{where}, but not saved", OSError, f"; make room, and {again} from what "
                          f"{newest} holds, if it is there", utils.FAILED):
             self.save()
@@ -557,7 +542,7 @@ class Run:
         if not math.isfinite(loss):
             step = self.epoch * self.steps_per_epoch + self.step
             raise UserError(f"the loss was not finite by step {step}; start again with "
-                            f"{utils.wording(*AFRESH)} and a lower --lr, or --precision fp32",
+                            f"--overwrite and a lower --lr, or --precision fp32",
                             utils.FAILED)
 
     def end_training(self) -> None:
@@ -655,7 +640,7 @@ class Run:
     def finish(self) -> None:
         """Write model.pt and the report, and print the last lines."""
         with utils.guard(f"{self.output_dir}: not all is written", OSError, "; make room, and "
-                         f"{utils.wording(*utils.AGAIN)} does what is left", utils.FAILED):
+                         f"{utils.AGAIN} does what is left", utils.FAILED):
             if self.runtime.broadcast(self.unsaved):
                 self.save()
             if self.runtime.rank == 0:

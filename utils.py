@@ -40,8 +40,8 @@ FAILED, USER_ERROR, LEFT_ALONE, STOPPED = 1, 2, 3, 75
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
 # A rank with at least so many images has a batch norm of its own, Wu & He 2018, arXiv:1803.08494.
 FEW_IMAGES = 32
-# What goes on with a run, by hand and in a job, whose file passes --resume.
-AGAIN = "the same command with --resume", "the job, started again,"
+# Right by hand and in a job, whose file passes --resume.
+AGAIN = "the same command with --resume"
 # How CUDA and its libraries name faults of the GPU or its driver; most others are of the program.
 GPU_FAULTS = "launch failure|EXECUTION_FAILED|uncorrectable ECC"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,12 +79,6 @@ def guard(what: str, errors: type[Exception] | tuple, advice: str = "",
 def one_line(text: object) -> str:
     """Return a text with all white space folded into single spaces."""
     return " ".join(str(text).split())
-
-
-def wording(by_hand: str, in_job: str) -> str:
-    """Return what helps here; a job's file always passes --resume, a user of its node may not."""
-    is_job = "--resume" in sys.argv and {"SLURM_JOB_ID", "PBS_JOBID"} & set(os.environ)
-    return in_job if is_job else by_hand
 
 
 def given(*flags: str) -> bool:
@@ -160,7 +154,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"out of memory{smaller}", USER_ERROR
     # One line of it: the others are torch's advice to programmers.
     if failure := re.match(f"(CUDA|cuDNN) error.*({GPU_FAULTS}).*", str(error)):
-        again = f"; {wording(*AGAIN)} goes on" if trains else ""
+        again = f"; {AGAIN} goes on" if trains else ""
         return f"the GPU failed ({failure[0]}){again}", FAILED
     if isinstance(error, OSError):
         return f"cannot go on: {error}", FAILED

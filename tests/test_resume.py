@@ -368,7 +368,7 @@ def test_without_a_whole_checkpoint_nothing_starts(whole, stopped, tmp_path, dam
     assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
     assert str(output_dir / "checkpoint.pt") in process.stderr
     assert contents(output_dir) == before
-    remedy = "another --output-dir" if damage == "part 2's" else "--overwrite starts again"
+    remedy = "another output directory" if damage == "part 2's" else "--overwrite starts again"
     assert remedy in process.stderr
 
 
