@@ -27,7 +27,7 @@ from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 from tqdm import tqdm
 
-from utils import SIZE_LIMIT, Runtime, UserError, guard, log, rank_0_first, try_lock, unpickle
+from utils import SIZE_LIMIT, Runtime, UserError, guard, log, try_lock, unpickle
 
 CLASSES = 100
 FULL_SIZE = {"train": 50_000, "test": 10_000}  # images
@@ -76,9 +76,7 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     with guard(f"{data_dir}: cannot be read", (OSError, MemoryError)):
         if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
             raise UserError(f"--data-dir {data_dir}: no such file")
-        with rank_0_first():  # which downloads, if need be
-            path = find(data_dir) or fetch(url or URL, data_dir, download)
-        return read(path)
+        return read(find(data_dir) or fetch(url or URL, data_dir, download))
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:

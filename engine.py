@@ -6,7 +6,6 @@ A `Run` has a `Position`, `Checkpoints`, and a `Clock`, which decides when to sa
 import argparse
 import dataclasses
 import difflib
-import errno
 import json
 import math
 import os
@@ -47,7 +46,6 @@ ORIGIN = ("script", "settings", "torch", "runtime", "data", "network", "code")
 TRAINED = ("model", "optimizer", "scheduler", "scaler")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
-DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows may lack quotas
 ELSEWHERE = "choose another output directory"
 
 # Of images (B, 3, H, W), labels (B,) or soft (B, C), and a generator on their device.
@@ -243,15 +241,8 @@ class Checkpoints:
         self.newest, self.previous = (directory / name for name in CHECKPOINTS)
 
     def save(self, state: dict) -> None:
-        """Write a checkpoint; raises OSError if that fails, and leaves the newest old one."""
-        try:
-            utils.save_tensors(self.newest, state, self.previous)
-        except OSError as error:
-            both = self.newest.exists() and self.previous.exists()
-            if not both or error.errno not in DISK_FULL:
-                raise
-            self.previous.unlink()  # makes room for the new one
-            utils.save_tensors(self.newest, state, self.previous)
+        """Write a checkpoint; raises OSError if that fails, and leaves the old ones."""
+        utils.save_tensors(self.newest, state, self.previous)
 
     def restore(self, use: Callable[[Path, dict], None]) -> tuple[Path, dict, list[str]] | None:
         """Call `use(path, state)` with the newest whole checkpoint, if there is one.

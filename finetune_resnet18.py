@@ -82,9 +82,8 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     is_resumed = args.resume and any((args.output_dir / name).exists()
                                      for name in engine.CHECKPOINTS)
     is_trained = args.eval_only or args.predict or is_resumed
-    with utils.rank_0_first():  # which downloads, if need be
-        return models.resnet18("random" if is_trained else args.weights,
-                               download=not args.no_download)
+    return models.resnet18("random" if is_trained else args.weights,
+                           download=not args.no_download)
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace,

@@ -37,9 +37,9 @@ RUN_REPORTS = ("report.md", "curves.png")
 TEST_REPORTS = ("test-report.md", "confusion.csv", "confusion.png", "mistakes.png")
 COMPARISON = ("comparison.md", "comparison.png")
 TIMES = ("images_per_second", "seconds", "eta_seconds")  # columns that differ between equal runs
-# Of curves: colours of Okabe & Ito (2008), which the colour-blind can tell apart, and markers; one
-# marker more than colours, so that 30 groups look different.
-COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), "osD^Xv"
+# Curves have five colours of Okabe & Ito (2008), which the colour-blind can tell apart. From the
+# sixth curve on they have another marker.
+COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), "os"
 DASHES = {"train": ("--", "training"), "val": (":", "validation"), "test": ("-", "test")}
 
 
@@ -208,15 +208,12 @@ class RunRecord(NamedTuple):
 def describe_code() -> dict:
     """Return the git commit of the project, if any, and a hash of its modules in this process."""
     here = Path(__file__).resolve().parent
-    files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
+    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
              if getattr(module, "__file__", None)}
-    # Sub-folders count, but for an environment. The script itself may lie outside `here`.
-    own = {file for file in files.values() if file.is_file() and file.is_relative_to(here)
-           and not {"tests", "site-packages", f"python3.{sys.version_info.minor}"}
-           & set(file.relative_to(here).parts)}
-    sources = sorted({*own, files["__main__"]} if "__main__" in files else own)
-    modules = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
-    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *sorted(own)]
+    own = sorted(file for file in files if file.is_relative_to(here) and file.is_file()
+                 and not {"tests", "site-packages"} & set(file.relative_to(here).parts))
+    modules = hashlib.sha256(b"".join(file.read_bytes() for file in own)).hexdigest()
+    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *own]
     try:
         commit, changes = (subprocess.run(["git", "-C", here, *command], capture_output=True,
                                           check=True, text=True).stdout for command in commands)
@@ -467,7 +464,7 @@ def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -
     handles, dashes, shades = [], {}, {}
     for i, (name, records) in enumerate(groups.items()):
         name += f" ({len(records)} runs)" if len(records) > 1 else ""
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // 5 % 2],
                 "markersize": 4}
         handles += loss.plot([], [], label=textwrap.fill(name, 45), **look)
         history, full = records[0].history, records[0].config["settings"].get("image_size", 32)
@@ -531,7 +528,7 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     with guard(f"{into}: the report cannot be written", OSError):
         write_text(into / "confusion.csv", csv_table(("class", *names), rows))
         text = _score_tables(metrics, confusion, dataset, superclasses)
-        text += _calibration_table(confidence, taken == labels)
+        text += _calibration(confidence, taken == labels)
         text += write_picture(into / "confusion.png", "## Confusion (numbers: confusion.csv)",
                               draw_confusion, confusion, superclasses)
         text += write_picture(into / "mistakes.png", "## The surest mistakes", draw_mistakes,
@@ -608,17 +605,10 @@ def _score_tables(metrics: Metrics, confusion: np.ndarray, dataset: Dataset,
         [(names[a], names[b], mistaken[a, b], mistaken[b, a]) for a, b in worst if both[a, b]])
 
 
-def _calibration_table(confidence: Tensor, is_right: Tensor) -> str:
-    """Return the error and its bins, of equal width (Guo et al. 2017, arXiv:1706.04599)."""
-    bins = 15
-    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    counts, confidences, rights = (
-        torch.bincount(bin_of, values.double(), bins)
-        for values in (torch.ones_like(confidence), confidence, is_right))
-    error = (rights - confidences).abs().sum() / len(confidence)
-    rows = [(f"{i / bins:.3f} to {(i + 1) / bins:.3f}", f"{counts[i]:.0f}",
-             f"{confidences[i] / counts[i]:.1%}", f"{rights[i] / counts[i]:.1%}")
-            for i in range(bins) if counts[i]]
-    return (f"## Calibration\n\nThe expected calibration error is {error:.4f} (Guo et al. 2017): "
-            "the mean distance of confidence and accuracy in these bins, weighted by their images."
-            "\n\n") + markdown_table(("confidence", "images", "mean confidence", "accuracy"), rows)
+def _calibration(confidence: Tensor, is_right: Tensor) -> str:
+    """Return the expected calibration error with 15 equal bins (Guo et al. 2017)."""
+    bin_of = (15 * confidence).ceil().long().clamp(1, 15)
+    gaps = torch.bincount(bin_of, is_right.double() - confidence.double())
+    error = gaps.abs().sum() / len(confidence)
+    return (f"## Calibration\n\nThe expected calibration error is {error:.4f} (15 bins, Guo et al. "
+            "2017, arXiv:1706.04599).\n\n")

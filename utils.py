@@ -162,6 +162,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "batch norm cannot train on one image: try another --batch-size", USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile failed ({one_line(error)[:200]}); leave it out", USER_ERROR
     if not _in_group():
         raise error
     if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -443,7 +445,6 @@ class Runtime(NamedTuple):
                     if hasattr(module, "num_batches_tracked")]
         model.to(self.device, memory_format=torch.channels_last)
         if self.compile:
-            _fall_back_to_eager()
             model.compile(dynamic=False)
         else:
             for module, counter in counters:
@@ -537,22 +538,6 @@ def _remedy(reason: str) -> str:
     return ""
 
 
-def _fall_back_to_eager() -> None:
-    """Have a compiler that fails cost a line in the log instead of the run."""
-    import torch._dynamo
-
-    def tell(record: logging.LogRecord) -> bool:
-        errors = re.findall(r"^[\w.]+: .+", record.getMessage(), re.MULTILINE)
-        reason = errors[-1] if errors else record.getMessage()
-        log.info(f"note       not compiled, so it runs eagerly ({one_line(reason)[:200]})")
-        return False
-
-    torch._dynamo.config.suppress_errors = True
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell)
-    # Where CUDA's compiler is installed, compiling for the CPU would warn that there is no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """Return the precision that the chip computes fastest in, as far as torch can tell."""
     if device.type == "cuda":
@@ -592,19 +577,6 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
 
 def _in_group() -> bool:
     return launched() and dist.is_initialized()
-
-
-@contextlib.contextmanager
-def rank_0_first() -> Iterator[None]:
-    """Run the block, a download of up to three hours, in rank 0 first; then in the other ranks."""
-    group = None
-    if _in_group():
-        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=3))
-    if group and process_rank():
-        dist.barrier(group)
-    yield
-    if group and not process_rank():
-        dist.barrier(group)
 
 
 def keep_freed_memory() -> None:

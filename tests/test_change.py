@@ -375,8 +375,8 @@ def test_the_identity_of_the_code(monkeypatch, tmp_path):
     changed = report.describe_code()["modules"]
     monkeypatch.setitem(sys.modules, "nets.own", own)
     assert report.describe_code()["modules"] != changed, "modules of folders count"
-    # Those of an environment within the project do not: which are loaded depends on the flags.
-    library = tmp_path / "env" / "lib" / f"python3.{sys.version_info.minor}"
+    # Packages of an environment within the project do not: which are loaded depends on the flags.
+    library = tmp_path / "env" / "site-packages"
     library.mkdir(parents=True)
     (tmp_path / "nets" / "own.py").rename(library / "own.py")
     own.__file__ = str(library / "own.py")

@@ -217,9 +217,8 @@ def agree_by_gloo() -> None:
     rank, _ = utils.join_ranks(torch.device("cuda"))
     # It believes in a second rank, so it asks the group.
     runtime = utils.Runtime(torch.device("cpu"), torch.float32, rank=rank, ranks=2)
-    with utils.rank_0_first():
-        print(runtime.reduce(torch.tensor([3.0])).item(), runtime.broadcast({"a": 1}),
-              runtime.gather("b")[0])
+    print(runtime.reduce(torch.tensor([3.0])).item(), runtime.broadcast({"a": 1}),
+          runtime.gather("b")[0])
 
 
 def test_what_the_hosts_agree_on_goes_by_gloo_beside_nccl():

@@ -105,18 +105,14 @@ def test_the_report_has_the_most_confused_pairs(reported):
         assert int(other) == confusion[NAMES.index(b), NAMES.index(a)]
 
 
-def test_the_report_has_the_calibration_with_its_bins(reported):
+def test_the_report_has_the_expected_calibration_error(reported):
     confidence, right = reported.probabilities.max(1), reported.taken == reported.labels
-    error, expected = 0, []
+    error = 0
     for low, high in zip(np.arange(15) / 15, np.arange(1, 16) / 15, strict=True):
         inside = (low < confidence) & (confidence <= high)
         if inside.any():
-            sure, accuracy = confidence[inside].mean(), right[inside].mean()
-            error += inside.mean() * abs(accuracy - sure)
-            expected.append([f"{low:.3f} to {high:.3f}", str(inside.sum()), f"{sure:.1%}",
-                             f"{accuracy:.1%}"])
-    assert reported.tables[4] == expected
-    assert f"expected calibration error is {error:.4f}" in reported.text
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert f"expected calibration error is {error:.4f} (15 bins" in reported.text
 
 
 def test_the_confusion_picture_puts_superclasses_side_by_side(reported):
