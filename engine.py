@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import os
 import platform
@@ -146,7 +147,7 @@ class Parser(argparse.ArgumentParser):
                 args = self.parse_args()
             except UserError as error:
                 raise UserError(f"{args.output_dir / 'config.json'}: {error}") from error
-        args.recipe = {name: self.get_default(name) for name in self.recipe_names}
+        args.recipe = self.recipe_names
         return args
 
     def _use_recipe_of_model(self, args: argparse.Namespace) -> None:
@@ -195,8 +196,6 @@ class Position:
     train_seconds: float = 0.0  # of its training part; 0 until that is done
     slow_seconds: float = 0.0  # of each start's first step, which loads libraries and compiles
     slow_steps: int = 0  # how many these were
-    log_bytes: int = 0  # of log.txt; a resumed run cuts off what follows
-    unprinted: str = ""  # the line of the epoch that has just ended
     history: list[dict] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
 
 
@@ -332,17 +331,15 @@ class Run:
             raise UserError(f"{self.output_dir}: another process is at work on this run")
         check_output_dir(self.args)  # again, for loading the data took a while
         found = self.checkpoints.restore(self._use_checkpoint) if self.args.resume else None
+        if not found:
+            for name in (*RUN_FILES, *report.RUN_REPORTS, *report.TEST_REPORTS):
+                (self.output_dir / name).unlink(missing_ok=True)
+            self._write_config()
+        log.addHandler(logging.FileHandler(self.output_dir / "log.txt", errors="replace"))
         report.print_words(self.config["in_words"])
         if found:
-            position = self.position
-            utils.keep_log(self.output_dir / "log.txt", position.log_bytes, position.unprinted)
-            position.unprinted = ""
             self._tell_of_resumption(*found)
             return found[1]
-        for name in (*RUN_FILES, *report.RUN_REPORTS, *report.TEST_REPORTS):
-            (self.output_dir / name).unlink(missing_ok=True)
-        self._write_config()
-        utils.keep_log(self.output_dir / "log.txt")
         if self.args.resume:
             log.info(f"resume     no checkpoint in {self.output_dir}, so the run begins")
         return None
@@ -376,8 +373,9 @@ class Run:
             script, before, now = state["script"], state["settings"], self.config["settings"]
             if script != self.config["script"]:
                 raise UserError(f"{path}: written by {script}.py; {ELSEWHERE}")
-            # A checkpoint from before a flag was added lacks it; `recipe` says what it stood for.
-            before = self.args.recipe | before
+            known = state["position"].keys() == dataclasses.asdict(Position()).keys()
+            if not known or not set(self.args.recipe) <= set(before):
+                raise UserError(f"{path}: of older code; finish it with that, or {ELSEWHERE}")
             changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
                        for name in self.args.recipe if now[name] != before[name]]
             if changed:
@@ -557,16 +555,13 @@ class Run:
                "image_size": self.sizes[self.epoch - 1],
                "lr": self.optimizer.param_groups[0]["lr"], **report.metric_columns(results),
                "images_per_second": rate, "seconds": position.seconds, "eta_seconds": seconds_left}
-        line = report.epoch_line(row)
-        self.position = Position(self.epoch, history=[*position.history, row], unprinted=line)
+        self.position = Position(self.epoch, history=[*position.history, row])
         self.sums.zero_()
         self.clock.progressed = True
-        # Saved before it is printed: a kill in between would print it twice.
+        log.info(report.epoch_line(row))
         is_due = time.monotonic() - self.clock.saved_at > SAVE_AFTER
         if self.epoch == self.epochs or self.runtime.broadcast(is_due):
             self._save_or_warn()
-        log.info(line)
-        self.position.unprinted = ""
         self._write_for_tensorboard()
 
     def _write_for_tensorboard(self) -> None:
@@ -606,13 +601,12 @@ class Run:
 
     def save(self) -> None:
         """Write checkpoint.pt and metrics.csv; raises OSError if there is no new checkpoint."""
-        began, printed = time.monotonic(), self.output_dir / "log.txt"
+        began = time.monotonic()
         self.position.seconds += self.clock.lap()
         self.check_finite()
         state = self.state_dict()
         self.clock.saved_at, self.unsaved = began, True
         if self.runtime.rank == 0:
-            state["position"]["log_bytes"] = printed.stat().st_size if printed.exists() else 0
             self.checkpoints.save(state)
             try:
                 report.write_metrics(self.output_dir, self.position.history)
@@ -651,7 +645,7 @@ def describe_run(run: Run) -> dict:
     """Return what config.json says of a run."""
     runtime, dataset, recipe = run.runtime, run.dataset, run.args.recipe
     settings = {name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(run.args).items() if name != "recipe"}
+                for name, value in vars(run.args).items() if name not in ("recipe", "trained")}
     settings["precision"] = runtime.precision
     code, words = report.describe_code(), report.in_words(runtime, dataset, run.model)
     words["code"] = report.name_of_code(code).removeprefix("code ")

@@ -34,7 +34,6 @@ MUON_LR = 0.002  # of the convolutions
 MUON_ITERATIONS = 3  # quicker than the usual five (tests/trials.csv)
 MOMENTUM = 0.9  # of SGD (He et al. 2015, section 3.4) and of Muon, in Nesterov's form
 HEAD_RATE = 10  # the head's rate is this many times that of the other weights SGD trains
-BEFORE = {"optimizer": "sgd"}  # what runs were trained with before there was this flag
 EVAL_BATCH = 100  # images; divides 10,000
 AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
 
@@ -65,7 +64,6 @@ def parse_args() -> argparse.Namespace:
              "on a CPU two to three times as fast (progressive resizing)")
     parser.add_shared_recipe()
     args = parser.read()
-    args.recipe |= BEFORE
     if args.lr is None:
         args.lr = MUON_LR if args.optimizer == "muon" else SGD_LR
     return args

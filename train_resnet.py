@@ -34,8 +34,6 @@ SGD = {"lr": 0.2, "weight_decay": 5e-4}
 # TrivialAugment at 60 (--val-size 10000). The limits, between these, were not tried.
 BY_LENGTH = {"crop_padding": (2, 10, data.CROP_PADDING), "cutmix": (0.0, 10, 0.5),
              "trivial_augment": (0.0, 39, 0.5)}
-# What runs were trained with before there were these flags.
-BEFORE = {"dropout": 0.1, "crop_padding": data.CROP_PADDING, "cutmix": 0.0, "trivial_augment": 0.0}
 MOMENTUM = 0.9  # of Muon and of SGD, in Nesterov's form
 # Beside Muon: the peak rate of batch norms and head, and the decay of the head's matrix, as usual
 # for SGD. Norms and biases never have a decay.
@@ -73,7 +71,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_shared_recipe(cutmix=default_by_length("cutmix"),
                              trivial_augment=default_by_length("trivial_augment"))
     args = parser.read()
-    args.recipe |= BEFORE
     chosen = {name: short if args.epochs <= most else long
               for name, (short, most, long) in BY_LENGTH.items()}
     for name, value in {**chosen, **(SGD if args.optimizer == "sgd" else MUON)}.items():

@@ -10,7 +10,6 @@ import datetime
 import errno
 import io
 import logging
-import logging.handlers
 import math
 import os
 import pickle
@@ -24,7 +23,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -101,7 +100,6 @@ def run_script(main: Callable[[], None]) -> None:
     # With --predict stdout holds the predictions alone, for a file or a pipe.
     stream = sys.stderr if given("--predict") else sys.stdout
     log.addHandler(logging.StreamHandler(stream))
-    log.addHandler(logging.handlers.MemoryHandler(sys.maxsize))  # for `keep_log`
     log.setLevel(logging.WARNING if process_rank() else logging.INFO)
     # A full disk under the log must not end the training.
     logging.raiseExceptions = False
@@ -122,24 +120,6 @@ def run_script(main: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):
             dist.all_reduce(torch.zeros(1))
     _exit_with(message, status)
-
-
-def keep_log(path: Path, size: int = 0, line: str = "") -> None:
-    """From now on write what is logged to `path`, too, behind its first `size` bytes and `line`.
-
-    If `size` is 0, what was logged before is also written.
-    """
-    with path.open("ab") as file:
-        file.truncate(min(size, file.tell()))
-        if line:
-            file.write((line + os.linesep).encode())
-    for handler in log.handlers:
-        if isinstance(handler, logging.handlers.MemoryHandler):
-            if size:
-                handler.buffer.clear()
-            handler.setTarget(logging.FileHandler(path, encoding="utf-8", errors="replace"))
-            handler.capacity = 1
-            handler.flush()
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -237,10 +217,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 MOST_OPCODES = 1_000_000  # in a pickle; the official training set has 0.4 million
-MOST_TUPLES = 10_000  # in a pickle; a checkpoint of part 2 has 1,400
-# All that a pickled dict of tensors calls.
-TENSOR_GLOBALS = re.compile(r"collections OrderedDict|torch \w+Storage|"
-                            r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)")
+MOST_TUPLES = 10_000  # in a pickle
 # What a pickle of CIFAR-100 may call, with _codecs.encode, of which Python 3 makes bytes.
 UINT8_GLOBALS = re.compile(r"numpy (dtype|ndarray)|numpy\._?core\.multiarray _reconstruct|"
                            r"_codecs encode")
@@ -288,33 +265,30 @@ def load_tensors(path: Path | str) -> dict:
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            has_checksums = _check_tensors(file)
-            file.seek(0)
+            has_checksums = _verify_checksums(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise Refused(f"holds a {type(content).__name__}, not a dict of tensors")
-        return content
-    except Refused as error:
-        raise DamagedFile(f"{path}: {error}") from error
     # A damaged file can raise anything. An errno is about the disk, save EIO, of a bad sector.
     except Exception as error:
         if has_checksums and is_out_of_memory(error):
             raise UserError(f"{path}: asks for more memory than there is") from error
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
             raise UserError(f"{path}: cannot be read ({error.strerror.lower()})") from error
+        if has_checksums and isinstance(error, pickle.UnpicklingError):
+            raise DamagedFile(f"{path}: refused, for it holds more than tensors, numbers, strings, "
+                              "lists and dicts, and reading that could execute code") from error
         raise DamagedFile(f"{path}: not a PyTorch file, or a damaged one "
                           f"({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    return content
 
 
-def _check_tensors(file: io.BufferedReader) -> bool:
-    """Verify checksums, which torch.load does not, before anything is unpacked or believed.
+def _verify_checksums(file: io.BufferedReader) -> bool:
+    """Verify the checksums of a zip file, which torch.load does not; return whether it is one.
 
-    Return whether there are any; where there are none, a damaged length can ask for any memory.
+    Raises BadZipFile. Files from before PyTorch 1.6 are no zip files and have no checksums.
     """
     if not file.peek(4).startswith(b"PK\x03\x04"):
-        # The format before PyTorch 1.6: five pickles, then the numbers.
-        for _ in range(5):
-            check_pickle(file, TENSOR_GLOBALS)
         return False
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -325,25 +299,19 @@ def _check_tensors(file: io.BufferedReader) -> bool:
                      for entry in entries)
         if is_odd or len(names) < len(entries) or archive.testzip():
             raise zipfile.BadZipFile("not as torch.save wrote it")
-        for name in archive.namelist():
-            if name.lower().endswith(".pkl"):
-                check_pickle(io.BytesIO(archive.read(name)), TENSOR_GLOBALS)
+    file.seek(0)
     return True
 
 
-def check_pickle(file: BinaryIO, allowed: re.Pattern) -> None:
-    """Read through one pickle up to its end, before anything is built from it.
+def _check_pickle(content: bytes) -> None:
+    """Read through a pickle, before anything is built from it; raises Refused or ValueError.
 
     Unpicklers believe what they read: each byte can cost them an empty list, a memo index of 2^31
-    costs 32 GB, and the hash of tuples nested a million deep overflows the stack. `allowed` matches
-    "module name" of what may be called. Raises Refused, or ValueError if it is no pickle.
+    costs 32 GB, and the hash of tuples nested a million deep overflows the stack.
     """
     tuples = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if "TUPLE" in opcode.name:
-            tuples += 1
-        if opcode.name == "GLOBAL" and not allowed.fullmatch(argument):
-            raise Refused(f"refused, for it asks for {argument.replace(' ', '.')}")
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        tuples += "TUPLE" in opcode.name
         memo_index = int(argument) if "PUT" in opcode.name else 0
         if tuples > MOST_TUPLES or max(count, memo_index) > MOST_OPCODES:
             raise Refused("refused, for it is too large or too deeply nested")
@@ -390,7 +358,7 @@ def unpickle(content: bytes) -> dict:
 
     Strings of Python 2 are read as latin-1. Raises UnpicklingError, or for a damaged one anything.
     """
-    check_pickle(io.BytesIO(content), UINT8_GLOBALS)
+    _check_pickle(content)
     loaded = _Uint8Unpickler(io.BytesIO(content), encoding="latin1").load()
     return {k.decode() if isinstance(k, bytes) else k: value for k, value in loaded.items()}
 

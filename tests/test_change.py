@@ -274,35 +274,6 @@ def test_another_network_is_not_called_a_damaged_file(stopped, change, says):
         raise utils.UserError(process.stderr)
 
 
-def test_a_checkpoint_from_before_a_flag_was_added_has_the_flags_default(stopped):
-    flags, directory = stopped
-    whole = (directory / "checkpoint.pt").read_bytes()
-    state = utils.load_tensors(directory / "checkpoint.pt")
-    del state["settings"]["optimizer"]
-    torch.save(state, directory / "checkpoint.pt")
-    other = script("train_resnet", *flags, "--optimizer", "sgd")
-    same = script("train_resnet", *flags, "--max-minutes", 0.001)
-    (directory / "checkpoint.pt").write_bytes(whole)
-    assert other.returncode == 2 and "other settings: --optimizer sgd (was muon)" in other.stderr
-    assert same.returncode == utils.STOPPED and "resume     after 0 epochs" in same.stdout
-
-
-def test_a_checkpoint_of_part_2_from_before_it_had_an_optimizer_flag_is_one_of_sgd(
-        tmp_path, data_dir):
-    flags = [*SMALL, "--data-dir", data_dir, "--weights", "random", "--image-size", 32, "--resume",
-             "--output-dir", tmp_path]
-    sgd = [*flags, "--optimizer", "sgd"]
-    process = script("finetune_resnet18", *sgd, "--max-minutes", 0.001)
-    assert process.returncode == utils.STOPPED
-    state = utils.load_tensors(tmp_path / "checkpoint.pt")
-    del state["settings"]["optimizer"]
-    torch.save(state, tmp_path / "checkpoint.pt")
-    refused, resumed = script("finetune_resnet18", *flags), script("finetune_resnet18", *sgd)
-    assert refused.returncode == 2
-    assert "other settings: --optimizer muon (was sgd)" in refused.stderr
-    assert resumed.returncode == 0 and "resume     after 0 epochs" in resumed.stdout
-
-
 def test_what_a_run_is_of_stands_in_its_files(stopped):
     _, directory = stopped
     config = json.loads((directory / "config.json").read_text())
