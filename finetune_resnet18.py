@@ -31,7 +31,7 @@ STATS = data.IMAGENET_STATS
 # Peak learning rates, chosen on --val-size 5000. With Muon, batch norms and head keep SGD's.
 SGD_LR = 0.003  # at 0.01 the pre-trained features are lost
 MUON_LR = 0.002  # of the convolutions
-MUON_ITERATIONS = 3  # quicker than the usual five (tests/trials.csv)
+MUON_ITERATIONS = 3  # quicker than the usual five (results/trials.csv)
 MOMENTUM = 0.9  # of SGD (He et al. 2015, section 3.4) and of Muon, in Nesterov's form
 HEAD_RATE = 10  # the head's rate is this many times that of the other weights SGD trains
 EVAL_BATCH = 100  # images; divides 10,000

@@ -266,7 +266,7 @@ class Checker:
         """Measure how fast both parts are beside the matrix product; none is too slow."""
         # With the recipe's batches one slow core takes longer than LIMIT.
         small = ["--batch-size", "50"] if self.device == "cpu" else []
-        said = self.run([sys.executable, "tests/benchmark.py", "--device", self.device,
+        said = self.run([sys.executable, "results/benchmark.py", "--device", self.device,
                          "--seconds", "1", "--rounds", "1", *small])
         print(f"\n{said}")
         for line in said.splitlines():

@@ -176,8 +176,8 @@ def faulty(tmp_path) -> Path:
     shutil.copytree(ROOT / "slurm", checkout / "slurm")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, checkout)
-    (checkout / "tests").mkdir()
-    (checkout / "tests" / "benchmark.py").write_text(BENCHMARK)
+    (checkout / "results").mkdir()
+    (checkout / "results" / "benchmark.py").write_text(BENCHMARK)
     plant(checkout / "engine.py", 'torch.set_rng_state(of_rank["cpu_rng"])', "pass")
     plant(checkout / "finetune_resnet18.py", "args = parse_args()", "raise TypeError('planted')")
     return checkout

@@ -1,7 +1,7 @@
 """The training loop, the evaluation and a run's clock: exact, fast, and nothing left behind.
 
 No GPU is needed: on torch's meta device, whose tensors have no values, every look at one, such as
-.item(), raises. Times are for benchmark.py.
+.item(), raises. Times are for results/benchmark.py.
 """
 
 import contextlib

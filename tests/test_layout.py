@@ -12,7 +12,7 @@ FLOORS = (("utils",), ("models", "data"), ("report",), ("engine",),
 MODULES = [name for floor in FLOORS for name in floor]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 TOP_LEVEL = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci",
-             "slurm", "tests", *(f"{name}.py" for name in MODULES)}
+             "results", "slurm", "tests", *(f"{name}.py" for name in MODULES)}
 each_module = pytest.mark.parametrize("module", MODULES)
 
 

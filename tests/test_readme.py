@@ -83,7 +83,7 @@ def test_help_shows_every_default(helps, monkeypatch, name):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_that_a_document_names_exists(helps, document):
     known = set(re.findall(r"--[a-z][a-z0-9-]+", "".join(helps.values())))
-    known |= set(re.findall(r"--[a-z-]+", script("tests/benchmark", "--help").stdout))
+    known |= set(re.findall(r"--[a-z-]+", script("results/benchmark", "--help").stdout))
     named = set(re.findall(r"(?<![-\w|])--[a-z][a-z0-9-]+", DOCUMENTS[document]))
     assert named - known - OF_OTHERS <= {"--blocks"}, "but for the example of a flag of one's own"
 
@@ -93,7 +93,7 @@ def test_every_file_that_a_document_links_or_names_exists(document):
     folder = (ROOT / document).parent
     for target in re.findall(r"\]\(([^)#]+)\)", DOCUMENTS[document]):
         assert (folder / target).exists(), target
-    for name in re.findall(r"`((?:tests|slurm)/[\w.]+)`", DOCUMENTS[document]):
+    for name in re.findall(r"`((?:results|slurm|tests)/[\w.]+)`", DOCUMENTS[document]):
         assert (ROOT / name).exists(), name
 
 
@@ -193,7 +193,7 @@ def test_every_trial_has_flags_that_the_scripts_take_and_a_machine_that_is_descr
     scripts = {"1": "train_resnet", "2": "finetune_resnet18"}
     described = DOCUMENTS["tests/README.md"].partition("## The machines")[2].partition("\n## ")[0]
     machines = re.findall(r"^\| (\w[\w-]*) \|", described, re.MULTILINE)
-    with open(ROOT / "tests" / "trials.csv", newline="") as file:
+    with open(ROOT / "results" / "trials.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         assert None not in row and None not in row.values(), f"too many or few fields: {row}"
@@ -211,7 +211,7 @@ def test_every_trial_has_flags_that_the_scripts_take_and_a_machine_that_is_descr
 def test_each_run_that_is_kept_ended_with_the_accuracy_of_its_row():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in DOCUMENTS["tests/README.md"].splitlines() if line.startswith("| `")]
-    runs = [report.read_run(path) for path in (ROOT / "tests" / "runs").iterdir()]
+    runs = [report.read_run(path) for path in (ROOT / "results" / "runs").iterdir()]
     assert runs
     for run in runs:
         last, code = run.history[-1], run.config["code"]

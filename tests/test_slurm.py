@@ -265,7 +265,7 @@ def test_the_pbs_files_chain_themselves(blue_waters, monkeypatch, name, minutes,
 def test_the_check_of_a_node_passes(checkout):
     """It resumes part 1 on one process and several, and measures the speed."""
     (checkout / "hook" / "sitecustomize.py").unlink()
-    (checkout / "tests").symlink_to(ROOT / "tests")
+    (checkout / "results").symlink_to(ROOT / "results")
     number = submit("slurm/check.sbatch", "--device", "cpu")
     known = wait_for(number, ended, 900)
     facts, _, table = log_of(number).rpartition("\n\n")

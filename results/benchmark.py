@@ -1,10 +1,10 @@
 """How fast both parts train and evaluate, beside the machine's matrix product and a plain loop.
 
-    python tests/benchmark.py                  10 s for each number in each of 3 rounds
-    python tests/benchmark.py --device cuda    adds the time in which the device is busy
-    python tests/benchmark.py --against ../before --parts train_resnet
+    python results/benchmark.py                  10 s for each number in each of 3 rounds
+    python results/benchmark.py --device cuda    adds the time in which the device is busy
+    python results/benchmark.py --against ../before --parts train_resnet
                                                the ratios to the code of another checkout
-    python tests/benchmark.py --time python train_resnet.py --epochs 5
+    python results/benchmark.py --time python train_resnet.py --epochs 5
                                                minutes of a command, also normalised: those of a
                                                machine that multiplies matrices at 184 GFLOP/s
 
@@ -135,7 +135,7 @@ class PilImages(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
