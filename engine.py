@@ -38,7 +38,7 @@ TELL_AFTER = 20  # seconds of one epoch's training, after which a log is told th
 SHORTEST_SAVE = 10  # seconds; a save is assumed to take at least this long
 SIZE_POWER = 1.6  # a step's time grows with an image's side to this power; measured: 1.4 to 1.7
 # CutMix is off in this fraction of the epochs, at the end, but in no more than so many: of 40
-# epochs, 6 did better than 12 (tests/README.md). YOLOX, too, stops mixing images before its end
+# epochs, 6 did better than 12 (results/README.md). YOLOX, too, stops mixing images before its end
 # (Ge et al. 2021, arXiv:2107.08430).
 UNMIXED, MOST_UNMIXED = 0.3, 6
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120

@@ -1,7 +1,7 @@
 """Part 2: fine-tune an ImageNet-pre-trained ResNet-18 on CIFAR-100 up-sampled to 224 x 224.
 
 The required accuracy is 70 % on the test set. 2 epochs reach 79.8 %, 4 epochs 81.9 % and 8 epochs
-82.7 %; tests/README.md says in which time and from which weights.
+82.7 %; results/README.md says in which time and from which weights.
 
     python finetune_resnet18.py --data-dir PATH                   the recipe, 4 epochs
     python finetune_resnet18.py --data-dir PATH --epochs 2        past the required accuracy
@@ -39,7 +39,7 @@ AUGMENT = None  # or a function of (images, labels, generator): README.md, "Chan
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line; the defaults are the recipe. tests/README.md has what was tried."""
+    """Read the command line; the defaults are the recipe. results/README.md has what was tried."""
     parser = engine.Parser(__doc__, output_dir="output/finetune_resnet18")
     parser.data_group.add_argument("--weights", metavar="PATH",
         help="ImageNet weights of torchvision's resnet18, or 'random' for none (a dry run)")

@@ -43,7 +43,7 @@ AUGMENT = None  # or a function of (images, labels, generator): README.md, "Chan
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line; the defaults are the recipe. tests/README.md has what was tried."""
+    """Read the command line; the defaults are the recipe. results/README.md has what was tried."""
     parser = engine.Parser(__doc__, output_dir="output/train_resnet")
     recipe = parser.add_recipe
     recipe("--epochs", type=bounded(int, 1), default=20, metavar="N",

@@ -5,7 +5,7 @@ import importlib
 import os
 import re
 import shutil
-import sys
+import statistics
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,18 @@ import report
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = {name: (ROOT / name).read_text()
-             for name in ("README.md", "slurm/README.md", "tests/README.md")}
-# Flags of sbatch, torchrun, pytest and pip, which the documents name too.
+             for name in ("README.md", "results/README.md", "slurm/README.md", "tests/README.md")}
+# The most lines of each, and the most columns of a line outside tables and code.
+LIMITS = {"README.md": (180, 140), "results/README.md": (250, 100),
+          "slurm/README.md": (152, 128), "tests/README.md": (90, 100)}
+MOST_WORDS = 2200  # of README.md
+# How README.md calls the machines of accuracies.csv, by the beginning of their names there.
+MACHINES = {"Intel Xeon": "xeon", "AMD Zen 4": "zen4", "H200": "h200"}
+# Flags of sbatch, torchrun, pytest, pip and versions.py, which the documents name too.
 OF_OTHERS = {"--help", "--array", "--nodes", "--gpus-per-node", "--nproc-per-node", "--kills",
              "--time", "--account", "--partition", "--mem", "--requeue", "--open-mode", "--signal",
-             "--output", "--device-count", "--dependency", "--durations", "--index-url", "--logdir"}
+             "--output", "--device-count", "--dependency", "--durations", "--envs", "--index-url",
+             "--logdir"}
 both = pytest.mark.parametrize("name", ["train_resnet", "finetune_resnet18"])
 
 
@@ -44,9 +51,39 @@ def code_blocks(text: str) -> list[str]:
     return re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def section(title: str) -> str:
-    """Return a section of the README."""
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+def section(title: str, document: str = "README.md") -> str:
+    """Return a section of a document."""
+    return DOCUMENTS[document].partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV in results/, each of which must have all fields."""
+    with open(ROOT / "results" / f"{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        assert None not in row and None not in row.values(), f"too many or few fields: {row}"
+    return rows
+
+
+def todays_runs() -> list[list[dict[str, str]]]:
+    """Return the runs of today's defaults; a command's seeds on one machine are together."""
+    groups: dict[tuple, list] = {}
+    for row in rows_of("accuracies"):
+        if row["defaults"] == "today":
+            key = tuple(row[name] for name in ("command", "machine", "date", "commit"))
+            groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def mean(rows: list[dict[str, str]], column: str) -> float:
+    """Return the mean of a column."""
+    return statistics.fmean(float(row[column]) for row in rows)
+
+
+def rounds_to(value: float, shown: str) -> bool:
+    """Return whether `shown` is the value, rounded to as many decimals."""
+    return abs(value - float(shown)) <= 0.5 * 10 ** -len(shown.partition(".")[2]) + 1e-9
 
 
 @both
@@ -97,10 +134,18 @@ def test_every_file_that_a_document_links_or_names_exists(document):
         assert (ROOT / name).exists(), name
 
 
-def test_the_readme_is_short_and_begins_with_the_results():
-    lines = README.splitlines()
-    assert len(lines) <= 180 and len(README.split()) <= 2200
-    first = "\n".join(lines[:15])
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_is_short_and_its_lines_fit_the_screen(document):
+    text = DOCUMENTS[document]
+    most_lines, most_columns = LIMITS[document]
+    assert len(text.splitlines()) <= most_lines
+    for line in re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).splitlines():
+        assert line.startswith("|") or len(line) <= most_columns, line
+
+
+def test_the_readme_has_few_words_and_begins_with_the_results():
+    assert len(README.split()) <= MOST_WORDS
+    first = "\n".join(README.splitlines()[:15])
     for word in ("65.9 %", "81.9 %", "seeds", "minutes", "CPU cores", "product-quantised"):
         assert word in first
 
@@ -187,39 +232,93 @@ def test_the_tensorboard_of_the_readme(tmp_path):
     assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
 
 
-def test_every_trial_has_flags_that_the_scripts_take_and_a_machine_that_is_described(
-        monkeypatch, tmp_path):
+def described_machines() -> list[str]:
+    """Return the names in the table of machines."""
+    return re.findall(r"^\| (\w[\w-]*) \|", section("Speed by machine", "results/README.md"),
+                      re.MULTILINE)
+
+
+def test_every_trial_has_flags_that_the_scripts_take_and_a_machine_that_is_described(parse):
     """A row of trials.csv can be made again, and read without asking anyone."""
     scripts = {"1": "train_resnet", "2": "finetune_resnet18"}
-    described = DOCUMENTS["tests/README.md"].partition("## The machines")[2].partition("\n## ")[0]
-    machines = re.findall(r"^\| (\w[\w-]*) \|", described, re.MULTILINE)
-    with open(ROOT / "results" / "trials.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        assert None not in row and None not in row.values(), f"too many or few fields: {row}"
-        flags = ["--val-size", "5000", "--output-dir", str(tmp_path), *row["flags"].split()]
-        monkeypatch.setattr(sys, "argv", [f"{scripts[row['part']]}.py", *flags])
-        args = importlib.import_module(scripts[row["part"]]).parse_args()
+    for row in rows_of("trials"):
+        _, args = parse(scripts[row["part"]], "--val-size", 5000, *row["flags"].split())
         assert args.epochs == int(row["epochs"])
         assert 0 < float(row["val_acc"]) < 100 and 0 <= float(row["train_acc"] or 0) < 100
         assert float(row["seconds"] or 1) > 0 and row["seed"] and row["date"] and row["commit"]
-        assert row["machine"] in machines
+        assert row["machine"] in described_machines()
         assert row["verdict"] in {"", "kept", "dropped", "no difference"}
-    assert rows
+
+
+def test_every_measured_run_has_flags_that_the_scripts_take_and_a_described_machine(parse):
+    """A row of accuracies.csv can be made again, and read without asking anyone."""
+    for row in rows_of("accuracies"):
+        name, *flags = row["command"].split()
+        _, args = parse(name.removesuffix(".py"), *flags)
+        assert args.epochs == int(row["epochs"])
+        assert 0 < float(row["test_acc"]) < 100 and 0 <= float(row["train_acc"] or 0) < 100
+        for column in ("minutes", "normalised_minutes", "memory_gb"):
+            assert float(row[column] or 1) > 0
+        assert int(row["seed"]) and row["date"] and row["commit"]
+        assert row["machine"] in described_machines()
+        assert row["defaults"] in {"today", "older"}
+        assert bool(row["weights"]) == (name == "finetune_resnet18.py")
+
+
+def test_the_table_of_accuracies_is_computed_from_the_runs():
+    rows = []
+    for runs in todays_runs():
+        accuracies = [float(run["test_acc"]) for run in runs]
+        deviation = f"{statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
+        times = []
+        for column in ("minutes", "normalised_minutes"):
+            # Equal figures stand as they were measured, with as many decimals.
+            values = {run[column] for run in runs}
+            times.append(values.pop() if len(values) == 1 else f"{mean(runs, column):.1f}")
+        rows.append([f"`{runs[0]['command']}`", f"{mean(runs, 'test_acc'):.2f}", deviation,
+                     str(len(runs)), *times, *(runs[0][name] for name in
+                                               ("machine", "date", "commit"))])
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in section("Accuracies", "results/README.md").splitlines()
+             if re.match(r"\| `\w+\.py", line)]
+    assert shown == rows
+
+
+def test_the_first_table_of_the_readme_shows_the_measured_accuracies_and_minutes():
+    lines = [line for line in README.splitlines() if re.match(r"\| part \d, `", line)]
+    assert lines
+    for line in lines:
+        label, _, accuracy, seeds, minutes = (cell.strip() for cell in line.split("|")[1:-1])
+        (command,) = re.findall(r"`(.+?)`", label)
+        groups = [runs for runs in todays_runs() if runs[0]["command"] == command]
+        # The mean, and with several seeds the lowest and the highest.
+        shown, *ends = re.findall(r"\d+\.\d+", accuracy)
+        (runs,) = (runs for runs in groups if seeds == ", ".join(run["seed"] for run in runs)
+                   and rounds_to(mean(runs, "test_acc"), shown))
+        accuracies = [float(run["test_acc"]) for run in runs]
+        assert len(ends) == (2 if len(runs) > 1 else 0)
+        for value, end in zip((min(accuracies), max(accuracies)), ends, strict=False):
+            assert rounds_to(value, end), line
+        for time in minutes.split(", "):
+            (machine,) = (MACHINES[name] for name in MACHINES if name in time)
+            shown = re.search(r"\d+(\.\d+)?", time)[0]
+            assert any(rounds_to(mean(runs, "minutes"), shown) for runs in groups
+                       if runs[0]["machine"].startswith(machine)), time
 
 
 def test_each_run_that_is_kept_ended_with_the_accuracy_of_its_row():
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-            for line in DOCUMENTS["tests/README.md"].splitlines() if line.startswith("| `")]
-    runs = [report.read_run(path) for path in (ROOT / "results" / "runs").iterdir()]
-    assert runs
-    for run in runs:
+    rows = {row["run"]: row for row in rows_of("accuracies") if row["run"]}
+    folders = {path.name: path for path in (ROOT / "results" / "runs").iterdir()}
+    assert rows.keys() == folders.keys()
+    for name, row in rows.items():
+        run = report.read_run(folders[name])
         last, code = run.history[-1], run.config["code"]
-        assert last["epoch"] == last["epochs"] and not code["changed"]
-        (row,) = (row for row in rows if f"`{run.config['script']}.py" in row[0]
-                  and row[-1] == code["commit"][:7] and f"{100 * last['test_acc']:.2f} " in row[2])
-        assert row[1] == str(run.config["settings"]["seed"])
-        assert f"(training {100 * last['train_acc']:.1f})" in row[2]
+        assert last["epoch"] == last["epochs"] == int(row["epochs"]) and not code["changed"]
+        assert (row["commit"], row["seed"]) == (
+            code["commit"][:7], str(run.config["settings"]["seed"]))
+        assert row["command"].startswith(f"{run.config['script']}.py")
+        assert row["test_acc"] == f"{100 * last['test_acc']:.2f}"
+        assert row["train_acc"] == f"{100 * last['train_acc']:.1f}"
 
 
 def test_ci_runs_the_test_command_of_the_readme_and_the_marked_rest():

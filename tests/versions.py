@@ -6,7 +6,7 @@
 
 What stands after -- goes to pytest. pip makes each environment in DIR/NAME, outside the checkout,
 and needs 3 to 6 GB for it. The Pythons named below must be on the PATH or come from pyenv. Each
-environment gives a row of the table "Versions" in tests/README.md. Between any two of them whose
+environment gives a row of the table "Versions" in results/README.md. Between any two of them whose
 torch differs a stopped run changes hands: what one saved, the other must read to the bit and go on
 with.
 The exit status is 1 if a test or a resumption fails.
