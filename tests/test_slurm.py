@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -262,20 +263,59 @@ def test_the_pbs_files_chain_themselves(blue_waters, monkeypatch, name, minutes,
 
 
 @slow
-def test_the_check_of_a_node_passes(checkout):
-    """It resumes part 1 on one process and several, and measures the speed."""
-    (checkout / "hook" / "sitecustomize.py").unlink()
-    (checkout / "results").symlink_to(ROOT / "results")
-    number = submit("slurm/check.sbatch", "--device", "cpu")
-    known = wait_for(number, ended, 900)
-    facts, _, table = log_of(number).rpartition("\n\n")
-    assert known["JobState"] == "COMPLETED" and table.splitlines()[-1].startswith("0 FAIL, "), facts
-    assert f"SLURM_JOB_ID          {number}\n" in facts and f"torch {torch.__version__}" in table
-    for name in ("train_resnet in fp32", "finetune_resnet18 in fp32", "train_resnet killed",
-                 "finetune_resnet18 killed", "train_resnet stopped", "train_resnet in several"):
-        assert re.search(f"^{name}.*  PASS$", table, re.MULTILINE), table
-    assert len(re.findall(r", training at \d+ .* images/s, \d+ GFLOP/s$", table, re.M)) == 4
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_the_check_of_a_node_without_a_gpu_fails(checkout):
+    """It reports the node, says in its last line what is missing, and starts no test."""
+    number = submit("slurm/check.sbatch")
+    known = wait_for(number, ended)
+    log = log_of(number)
+    assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "1:0", "0"), log
+    assert f"== The node\n{socket.gethostname()}\n" in log and "no GPU: nvidia-smi" in log
+    facts, reason = log.splitlines()[-2:]
+    assert facts.startswith(f"torch {torch.__version__} for CUDA ") and facts.endswith("is False")
+    assert reason.startswith("check: torch finds no GPU that works (")
     assert not (checkout / "output").exists()
+
+
+# A stand-in for Python. It prints its arguments, leaves a temporary file behind, and fails in the
+# part that $FAILS names.
+PYTHON = """#!/bin/sh
+echo "python $*"
+touch "$TMPDIR/left behind"
+case "$*" in "$FAILS"*) exit 7;; esac
+"""
+
+
+@pytest.mark.parametrize("fails, started", [("-m pytest", 2), ("results/benchmark.py", 3), ("-", 1),
+                                            ("nothing", 3)])
+def test_the_check_of_a_node_ends_with_the_status_of_the_first_part_that_fails(
+        tmp_path, fails, started):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
+    (tmp_path / ".venv" / "bin" / "python").write_text(PYTHON)
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    (tmp_path / "temporary").mkdir()
+    process = check_in(tmp_path, FAILS=fails, TMPDIR=str(tmp_path / "temporary"))
+    parts = ["python -", "python -m pytest -m cuda -v -p no:cacheprovider",
+             "python results/benchmark.py --device cuda --seconds 1"]
+    lines = process.stdout.splitlines()
+    assert [line for line in lines if line.startswith("python")] == parts[:started]
+    assert (ROOT / parts[2].split()[1]).exists()
+    assert process.returncode == (0 if fails == "nothing" else 7)
+    assert ("The check has passed." in lines) == (fails == "nothing")
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_the_check_of_a_node_without_an_environment_is_one_line(tmp_path):
+    process = check_in(tmp_path)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
+    assert f"no .venv in {tmp_path};" in process.stderr
+
+
+def check_in(directory: Path, **variables) -> subprocess.CompletedProcess:
+    """Run check.sbatch without Slurm in a directory."""
+    return subprocess.run(["bash", ROOT / "slurm" / "check.sbatch"], cwd=directory, text=True,
+                          env=os.environ | variables, capture_output=True)
 
 
 def test_shellcheck_passes():
