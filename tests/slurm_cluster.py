@@ -240,11 +240,16 @@ def make_checkout(directory: Path, data_dir: Path, hook: str) -> None:
 
     Each Python of a job first executes `hook`.
     """
-    for path in (*ROOT.glob("*.py"), ROOT / "slurm"):
+    packages = [path.parent for path in ROOT.glob("*/__init__.py")]
+    for path in (*ROOT.glob("*.py"), *packages, ROOT / "slurm"):
         (directory / path.name).symlink_to(path)
-    (directory / ".venv" / "bin").mkdir(parents=True)
-    (directory / ".venv" / "bin" / "activate").write_text(
+    programs = directory / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").write_text(
         f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={directory}/hook\n")
+    # A link would be a Python without the packages of this one.
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "python").chmod(0o755)
     (directory / "hook").mkdir()
     (directory / "hook" / "sitecustomize.py").write_text(hook)
     shutil.copytree(data_dir, directory / "data")

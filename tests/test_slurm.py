@@ -69,7 +69,7 @@ def test_an_array_trains_a_seed_in_each_job(checkout):
         result(checkout / f"output/train_resnet-seed{task}") for task in "01")
     assert first != second
     readme = (ROOT / "slurm" / "README.md").read_text().splitlines()
-    (summary,) = (line for line in readme if "--compare output/train_resnet-seed*" in line)
+    (summary,) = (line for line in readme if "report.compare output/train_resnet-seed*" in line)
     command = ["bash", "-c", summary]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     accuracies = [100 * float(row["test_acc"]) for row in (rows[-1], other_rows[-1])]
