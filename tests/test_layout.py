@@ -11,8 +11,9 @@ FLOORS = (("utils",), ("models", "data"), ("report",), ("engine",),
           ("train_resnet", "finetune_resnet18"))
 MODULES = [name for floor in FLOORS for name in floor]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
-TOP_LEVEL = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci",
-             "results", "slurm", "tests", *(f"{name}.py" for name in MODULES)}
+TOP_LEVEL = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore",
+             ".gitattributes", ".ci", ".github", "results", "slurm", "tests",
+             *(f"{name}.py" for name in MODULES)}
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
@@ -54,7 +55,20 @@ def test_the_top_level_holds_only_the_agreed_files():
     for name in TOP_LEVEL:
         assert (ROOT / name).exists(), name
     # What lies beside them unversioned (data, weights, output) is the user's own.
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+    assert {path.split("/")[0] for path in git("ls-files")} <= TOP_LEVEL
+
+
+def test_git_ends_each_line_of_a_shell_script_by_lf_alone():
+    """Also on Windows, from where job files are copied to a cluster."""
+    scripts = [path for path in git("ls-files") if (ROOT / path).is_file()
+               and (path.endswith(".sh") or (ROOT / path).read_bytes().startswith(b"#!/"))]
+    assert {".ci/run", "slurm/one_gpu.sbatch", "slurm/train_resnet.pbs"} <= set(scripts)
+    assert git("check-attr", "eol", "--", *scripts) == [f"{path}: eol: lf" for path in scripts]
+
+
+def git(*arguments: str) -> list[str]:
+    """Return the lines that git prints; skip the test where there is no checkout."""
+    process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    if process.returncode:
         pytest.skip("not a git checkout")
-    assert {path.split("/")[0] for path in listed.stdout.splitlines()} <= TOP_LEVEL
+    return process.stdout.splitlines()
