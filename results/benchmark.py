@@ -18,7 +18,6 @@ worker for each core, PIL transforms, float32, SGD, no compilation.
 import argparse
 import functools
 import importlib
-import inspect
 import itertools
 import statistics
 import subprocess
@@ -39,7 +38,8 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import models
-import utils
+from cifar100.classes import CLASS_NAMES, CLASSES
+from engine.runtime import choose_runtime, peak_memory
 
 ROOT = Path(__file__).parents[1]
 NORMAL = 184e9  # FLOP/s of the product of two float32 matrices of 2048 x 2048
@@ -73,47 +73,47 @@ def matrix_product(device: torch.device, dtype: torch.dtype, size: int = 2048) -
 
 def modules_of(checkout: Path) -> SimpleNamespace:
     """Import the modules of a checkout, beside those of others of the same names."""
-    names = ("utils", "models", "data", "report", "engine", *SIZES)
-    others = {name: sys.modules.pop(name, None) for name in names}
+    folders = ("utils", "models", "data", "cifar100", "report", "engine", *SIZES)
+    others = {name: sys.modules.pop(name) for name in list(sys.modules)
+              if name.partition(".")[0] in folders}
     sys.path.insert(0, str(checkout))
-    found = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    names = ("data", "models", "engine.loop", "engine.optim", "engine.run", "engine.checkpoint",
+             "engine.runtime", *SIZES)
+    found = {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
     sys.path.pop(0)
-    sys.modules.update({name: module for name, module in others.items() if module})
-    return found
+    sys.modules.update(others)
+    return SimpleNamespace(**found)
 
 
 def our_tasks(code: SimpleNamespace, name: str, flags: list[str], images: data.Split) -> list[Task]:
     """Return the training of a script at each of its sizes, and its evaluation."""
     sys.argv = [name, *flags, "--output-dir", tempfile.gettempdir() + "/no run is here"]
-    script, engine, data = getattr(code, name), code.engine, code.data
+    script = getattr(code, name)
     args = script.parse_args()
-    runtime = code.utils.choose_runtime(args.device, args.precision, args.compile)
-    models = code.models
-    model = models.ResNet(dropout=0) if name == "train_resnet" else models.resnet18("random")
-    model = runtime.place(model)
-    # An older checkout's part 2 takes no runtime.
-    wanted = len(inspect.signature(script.make_optimizer).parameters)
-    optimizer = script.make_optimizer(*(model, args, runtime)[:wanted])
-    scaler = runtime.scaler()
-    scheduler = engine.one_cycle(optimizer, 10**6)
+    runtime = code.runtime.choose_runtime(args.device, args.precision, args.compile)
+    network = code.models.ResNet() if name == "train_resnet" else code.models.resnet18()
+    model = runtime.place(network)
+    optimizer = script.make_optimizer(model, args, runtime)
+    scheduler = code.optim.one_cycle(optimizer, 10**6)
     small, full = SIZES[name]
-    batches = data.Batches(images, args.batch_size, script.STATS, runtime)
-    tested = data.Batches(images, script.EVAL_BATCH, script.STATS, runtime, full)
-    dataset = data.Dataset("random", images, images, data.CLASS_NAMES, "")
+    batches = code.data.Batches(images, args.batch_size, script.STATS, runtime)
+    tested = code.data.Batches(images, script.EVAL_BATCH, script.STATS, runtime, full)
+    dataset = code.data.Dataset("random", images, images, CLASS_NAMES, "")
 
     def train(size: int, n: int) -> None:
         # One epoch of n steps of a run that is not started, so it writes no file.
-        run = engine.Run(args, runtime, dataset, script.REQUIRED, steps_per_epoch=n)
-        run.model, run.network, run.optimizer = model, model, optimizer
-        run.scheduler, run.scaler, run.sizes = scheduler, scaler, [size]
-        run.augmentation = None
+        run = code.run.Run(args, runtime, dataset, script.REQUIRED, steps_per_epoch=n)
+        run.model, run.network, run.optimizer, run.scheduler = model, model, optimizer, scheduler
+        run.scaler, run.sizes, run.augmentation = runtime.scaler(), [size] * args.epochs, None
+        sums = torch.zeros(3, device=runtime.device)
+        run.state = code.checkpoint.State({}, code.checkpoint.Position(), sums, [])
         forever = itertools.chain.from_iterable(
             batches.shuffled(0, epoch, 0, size) for epoch in itertools.count())
-        engine.train_one_epoch(run, forever, args.label_smoothing)
+        code.loop.train_one_epoch(run, forever, script.train_step)
 
     def evaluate(n: int) -> None:
         forever = itertools.chain.from_iterable(itertools.repeat(tested))
-        engine.evaluate(model, itertools.islice(forever, n), runtime)
+        code.loop.evaluate(model, itertools.islice(forever, n), runtime)
 
     flop = {size: 2 * MULTIPLY_ADDS[name] * size**2 for size in SIZES[name]}
     tasks = [Task(f"{name}, training at {size}", functools.partial(train, size), args.batch_size,
@@ -205,7 +205,7 @@ def measure(
         # A warm-up, and a compilation where there is one.
         seconds(task.run, 2, device)
         counts.append(max(1, round(args.seconds / seconds(task.run, 1, device))))
-        column = f"{utils.peak_memory(device):9.2f} GB"
+        column = f"{peak_memory(device):9.2f} GB"
         if device.type == "cuda":
             column += f"{busy(task, min(counts[-1], 50), device):8.0%}"
         columns.append(column)
@@ -256,10 +256,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.time:
         sys.exit(time_command(args.time))
-    runtime = utils.choose_runtime(args.device, args.precision, compile_model=False)
+    runtime = choose_runtime(args.device, args.precision, compile_model=False)
     device = runtime.device
     images = data.Split(torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8),
-                        torch.arange(IMAGES) % data.CLASSES)
+                        torch.arange(IMAGES) % CLASSES)
     flags = ["--device", args.device, "--precision", args.precision]
     flags += ["--batch-size", args.batch_size] if args.batch_size else []
     if args.against:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import write_binary
 
-import utils
+from engine.runtime import Runtime
 
 
 def pytest_addoption(parser):
@@ -29,7 +29,7 @@ def pytest_configure():
 @pytest.fixture
 def runtime():
     """The CPU in float32, one process."""
-    return utils.Runtime(torch.device("cpu"), torch.float32)
+    return Runtime(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ def at_batch(number: int, action) -> None:
     """Have `action()` called after the forward pass of batch `number` of this process, from 1."""
     batches = itertools.count(1)
 
-    def hook(module, *_):
-        if isinstance(module, torch.nn.Linear) and next(batches) == number:
+    def hook(module, _, output):
+        # A run first tries its network on two images.
+        if isinstance(module, torch.nn.Linear) and len(output) > 2 and next(batches) == number:
             action()
 
     register_module_forward_hook(hook)

@@ -58,6 +58,12 @@ def run_script(path: str, flags: tuple) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
+def compare_runs(*arguments) -> None:
+    """Run `python -m report.compare` in this process."""
+    sys.argv = ["compare", *map(str, arguments)]
+    runpy.run_module("report.compare", run_name="__main__")
+
+
 def without_pictures() -> None:
     """Hide matplotlib from this process, for drawing takes a third of a run of a few steps."""
     sys.modules["matplotlib.figure"] = None
@@ -164,7 +170,7 @@ def result(directory: Path) -> tuple[str, list[dict]]:
 
     The SHA-256 of model.pt, and the rows of metrics.csv without the times.
     """
-    from report import TIMES
+    from report.log import TIMES
 
     with open(directory / "metrics.csv", newline="") as file:
         rows = [{name: value for name, value in row.items() if name not in TIMES}

@@ -17,10 +17,19 @@ from test_engine import begin
 from torch import nn
 
 import data
-import engine
+import engine.checks
+import engine.describe
+import engine.flags
 import models
-import report
+import report.evaluation
+import report.log
+import report.runs
 import utils
+from engine.checkpoint import Position
+from engine.clock import Clock
+from engine.loop import train_one_epoch
+from report.evaluation import write_test_report
+from train_resnet import train_step
 
 SMALL = ["--device", "cpu", "--precision", "fp32", "--batch-size", 16, "--max-steps", 3]
 
@@ -52,7 +61,7 @@ class Own(nn.Module):
 @pytest.fixture
 def start(parse, monkeypatch, runtime):
     """Return a function that starts a run of a script with a network: run and batches."""
-    monkeypatch.setattr(engine.Clock, "catch_signals", lambda clock: None)
+    monkeypatch.setattr(Clock, "catch_signals", lambda clock: None)
 
     def start_run(model, *flags, name="train_resnet", runtime=runtime, pad=None):
         script, args = parse(name, "--overwrite", *flags)
@@ -72,7 +81,7 @@ def test_all_weights_of_a_network_of_ones_own_are_trained(start, name, pad, capl
     torch.manual_seed(0)
     run, batches = start(Own(), name=name, pad=pad)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    train_one_epoch(run, batches.shuffled(0, 0, 0, 8), train_step)
     same = {name for name, value in run.model.state_dict().items()
             if torch.equal(value, before[name])}
     assert same == {"nothing", "frozen.weight", "frozen.bias", "unused.weight", "unused.bias"}
@@ -83,14 +92,13 @@ def test_all_weights_of_a_network_of_ones_own_are_trained(start, name, pad, capl
 
 def test_part_1_trains_a_network_without_convolutions(start):
     run, batches = start(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 100)))
-    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    train_one_epoch(run, batches.shuffled(0, 0, 0, 8), train_step)
     assert run.position.train_seconds
 
 
 def test_a_network_with_another_number_of_outputs_is_named(start):
-    run, batches = start(models.ResNet(10))
-    with pytest.raises(utils.UserError, match=r"outputs are \(10, 10\), and must be \(10, 100\)"):
-        engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    with pytest.raises(utils.UserError, match=r"outputs are \(2, 10\), and must be \(2, 100\)"):
+        start(models.ResNet(10))
 
 
 @pytest.mark.parametrize("change, says", [
@@ -114,22 +122,20 @@ def test_images_of_ones_own_may_have_two_classes_and_come_as_numpy_lays_them_out
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
     split = data.Split(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(20) % 2)
     dataset = data.hold_out(data.Dataset("mine", split, split, ("a", "b"), "here"), 0)
-    run, _ = start(models.ResNet(2))
-    run.dataset = dataset
-    assert engine.describe_run(run)["data"] == zlib.crc32(
+    assert dataset.checksum == zlib.crc32(
         split.labels.numpy(), zlib.crc32(pixels.transpose(0, 3, 1, 2).copy(), zlib.crc32(
             split.labels.numpy(), zlib.crc32(pixels.transpose(0, 3, 1, 2).copy()))))
     logits = torch.tensor([[0.0, 1.0]]).repeat(20, 1)
-    metrics = report.score(logits, split.labels)
+    metrics = report.log.score(logits, split.labels)
     assert (metrics.accuracy, metrics.top5) == (0.5, 1.0)
-    report.write_test_report(logits, dataset, tmp_path)
-    report.print_predictions(logits[:1], ("a", "b"), [Path("x.png")])
+    write_test_report(logits, dataset, tmp_path)
+    report.evaluation.print_predictions(logits[:1], ("a", "b"), [Path("x.png")])
 
 
 def test_the_layers_of_a_network_are_named_by_what_they_hold():
     model = nn.ModuleDict({"empty": nn.Sequential(), "mixed": nn.Sequential(nn.Linear(2, 1),
                            nn.ReLU()), "same": nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))})
-    assert models.describe(model)["layers"] == [
+    assert engine.describe.network(model)["layers"] == [
         ["empty", "Sequential", 0], ["mixed", "Sequential", 3], ["same", "2 x Linear", 5]]
 
 
@@ -140,13 +146,12 @@ def test_a_model_is_used_with_the_recipe_of_its_run_whatever_its_kind(tmp_path, 
 
     def read(*flags):
         monkeypatch.setattr(sys, "argv", ["own.py", "--output-dir", str(tmp_path), *flags])
-        parser = engine.Parser("Own.\n\n", "output")
-        parser.add_recipe("--norm", action=argparse.BooleanOptionalAction, default=True)
-        parser.add_recipe("--wide", action="store_true")
-        parser.add_recipe("--widths", type=int, nargs="+", default=[4])
-        parser.add_recipe("--lr", type=float, default=0.1)
-        parser.add_recipe("--precision", default="auto")
-        return vars(parser.read())
+        parser = engine.flags.Parser("Own.\n\n", "output")
+        add = parser.recipe_group.add_argument
+        add("--norm", action=argparse.BooleanOptionalAction, default=True)
+        add("--wide", action="store_true")
+        add("--widths", type=int, nargs="+", default=[4])
+        return vars(parser.read({"lr": 0.1}, lambda epochs, optimizer: {}))
 
     expected = {**settings, "precision": "auto"}
     assert read("--eval-only").items() >= expected.items()
@@ -172,11 +177,11 @@ def test_a_weight_in_no_group_or_in_two_is_named(start):
     model = models.ResNet()
     head = list(model.fc.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("fc.")]
-    engine.check_groups(model, [{"params": rest}, {"params": head}])
+    engine.checks.check_groups(model, [{"params": rest}, {"params": head}])
     for groups, says in (([rest], "fc.weight is in 0 groups"), ([rest, head, head[:1]],
                          "fc.weight is in 2 groups")):
         with pytest.raises(utils.UserError, match=says):
-            engine.check_groups(model, [{"params": group} for group in groups])
+            engine.checks.check_groups(model, [{"params": group} for group in groups])
     run, _ = start(model)
     del run.optimizer.param_groups[1]["params"][0]
     with pytest.raises(utils.UserError, match=r"fc.weight is in 0 groups"):
@@ -185,9 +190,8 @@ def test_a_weight_in_no_group_or_in_two_is_named(start):
 
 def test_several_processes_refuse_a_weight_without_a_gradient(start, runtime):
     run, _ = start(Own())
-    run.runtime = runtime._replace(ranks=2)
     with pytest.raises(utils.UserError, match=r"no gradient reaches scale, "):
-        run.check_gradients()
+        engine.checks.check_gradients(run.model, 2)
 
 
 def mixed(images, labels, generator):
@@ -199,11 +203,12 @@ def mixed(images, labels, generator):
 
 def test_soft_labels_are_trained_on_and_counted_by_their_likeliest_class(start):
     run, batches = start(models.ResNet())
-    run.augmentation, run.generator, run.total_steps = mixed, torch.Generator(), 1
+    run.augmentation, run.generator = mixed, torch.Generator()
+    run.epochs, run.total_steps = 1, 1
     images, labels, weight = next(batches.shuffled(0, 0, 0, 8))
     _, soft = run.augment(images, labels)
     run.network = lambda images: 5 * soft + 0 * run.model(images)  # it knows the answers
-    metrics = engine.train_one_epoch(run, [(images, labels, weight)], 0.1)
+    metrics = train_one_epoch(run, [(images, labels, weight)], train_step)
     expected = nn.functional.cross_entropy(5 * soft, soft, label_smoothing=0.1).item()
     assert metrics.loss == pytest.approx(expected)
     assert (metrics.accuracy, metrics.images) == (1.0, 10)
@@ -230,12 +235,12 @@ def test_an_augmentation_draws_the_same_after_a_resume_and_other_numbers_in_each
     first, again = run.augment(images, labels), run.augment(images, labels)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     drawn = [first[0]]
-    for position, rank in ((engine.Position(step=1), 0), (engine.Position(1), 0),
-                           (engine.Position(), 1)):
-        run.position, run.runtime = position, run.runtime._replace(rank=rank)
+    for position, rank in ((Position(step=1), 0), (Position(1), 0),
+                           (Position(), 1)):
+        run.state.position, run.runtime = position, run.runtime._replace(rank=rank)
         drawn.append(run.augment(images, labels)[0])
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
-    run.position, run.runtime = engine.Position(), run.runtime._replace(rank=0)
+    run.state.position, run.runtime = Position(), run.runtime._replace(rank=0)
     run.augment(images, labels)
     assert run.generator.initial_seed() != data.epoch_seed(run.args.seed, 0), "the order's"
 
@@ -322,36 +327,36 @@ def test_the_identity_of_the_code(monkeypatch, tmp_path):
     answers = iter(["1a2b3c4d5e6f7890\n", " M models.py\n", "1a2b3c4d5e6f7890\n", ""])
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(
         command, 0, next(answers)))
-    changed, clean = report.describe_code(), report.describe_code()
+    changed, clean = report.runs.describe_code(), report.runs.describe_code()
     assert changed["commit"] == "1a2b3c4d5e6f"
     assert changed["changed"] and not clean["changed"]
-    assert report.name_of_code(clean) == "code 1a2b3c4"
-    assert report.name_of_code(changed) == "changed code of 1a2b3c4"
+    assert report.runs.name_of_code(clean) == "code 1a2b3c4"
+    assert report.runs.name_of_code(changed) == "changed code of 1a2b3c4"
 
     def no_git(*_, **__):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", no_git)
-    without = report.describe_code()
+    without = report.runs.describe_code()
     assert without == {"commit": "", "changed": False, "modules": clean["modules"]}
-    assert report.name_of_code(without) == f"code {clean['modules']}"
+    assert report.runs.name_of_code(without) == f"code {clean['modules']}"
     monkeypatch.setattr(models, "__file__", str(ROOT / "no such file"))
-    assert report.describe_code()["modules"] != clean["modules"]
+    assert report.runs.describe_code()["modules"] != clean["modules"]
     # A project in a directory of its own, whose network lies in a folder.
     own = types.ModuleType("nets.own")
     own.__file__ = str(tmp_path / "nets" / "own.py")
     (tmp_path / "nets").mkdir()
     (tmp_path / "nets" / "own.py").write_text("width = 64")
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
-    changed = report.describe_code()["modules"]
+    monkeypatch.setattr(report.runs, "ROOT", tmp_path)
+    changed = report.runs.describe_code()["modules"]
     monkeypatch.setitem(sys.modules, "nets.own", own)
-    assert report.describe_code()["modules"] != changed, "modules of folders count"
+    assert report.runs.describe_code()["modules"] != changed, "modules of folders count"
     # Packages of an environment within the project do not: which are loaded depends on the flags.
     library = tmp_path / "env" / "site-packages"
     library.mkdir(parents=True)
     (tmp_path / "nets" / "own.py").rename(library / "own.py")
     own.__file__ = str(library / "own.py")
-    assert report.describe_code()["modules"] == changed
+    assert report.runs.describe_code()["modules"] == changed
 
 
 def test_the_identity_does_not_depend_on_where_the_project_lies(monkeypatch, tmp_path):
@@ -359,38 +364,35 @@ def test_the_identity_does_not_depend_on_where_the_project_lies(monkeypatch, tmp
     here.mkdir()
     own = types.ModuleType("own")
     own.__file__ = str(here / "own.py")
-    monkeypatch.setattr(report, "__file__", str(here / "report.py"))
+    monkeypatch.setattr(report.runs, "ROOT", here)
     monkeypatch.setitem(sys.modules, "own", own)
     hashes = set()
     for text in ("a = 1", "a = 2"):
         (here / "own.py").write_text(text)
-        hashes.add(report.describe_code()["modules"])
+        hashes.add(report.runs.describe_code()["modules"])
     assert len(hashes) == 2
 
 
 def test_a_log_tells_the_time_left_once_and_before_the_first_epoch_ends(start, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     run, batches = start(models.ResNet())
-    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    train_one_epoch(run, batches.shuffled(0, 0, 0, 8), train_step)
     assert not [line for line in caplog.messages if line.startswith("time  ")], "it took no minute"
-    monkeypatch.setattr(engine, "TELL_AFTER", 0)
-    run.position = engine.Position()
-    engine.train_one_epoch(run, batches.shuffled(0, 0, 0, 8), 0.1)
+    monkeypatch.setattr(engine.loop, "TELL_AFTER", 0)
+    run.state.position = Position()
+    train_one_epoch(run, batches.shuffled(0, 0, 0, 8), train_step)
     (line,) = [line for line in caplog.messages if line.startswith("time  ")]
     assert " left, at " in line and line.endswith(" s a step")
 
 
-def test_the_time_left_is_of_all_epochs_and_their_evaluations(start, monkeypatch):
-    run, _ = start(models.ResNet(), "--epochs", 4)
+def test_the_time_left_is_of_all_epochs_and_their_evaluations(start):
+    run, _ = start(models.ResNet(), "--epochs", 4, "--batch-size", 10)
     run.sizes, run.steps_per_epoch, run.total_steps = [16, 16, 32, 32], 100, 400
-    run.position = engine.Position(epoch=1, step=40)
-    told = []
-    bar = type("Bar", (), {"disable": False, "set_postfix_str": lambda _, text, refresh:
-                           told.append(text)})()
-    run._tell_time_left(0.5, 60, bar)
-    # An epoch at 32 takes 2^1.6 times as long as one at 16, and there are as many images to test.
-    evaluation = 100 * 0.5 * 2**1.6 / 3
-    assert told == [f"{report.duration(30 + 2 * 50 * 2**1.6 + 3 * evaluation)} left in all"]
+    run.state.position, run.clock.steps = Position(epoch=1, step=40), [9.0, 0.5, 0.5]
+    # A step at 32 takes 2^1.6 times as long as one at 16, and 30 images are to be tested.
+    evaluation = 0.5 * 2**1.6 / 3 * 30 / 10
+    expected = 60 * 0.5 + 2 * 100 * 0.5 * 2**1.6 + 3 * evaluation
+    assert run.seconds_left() == pytest.approx(expected)
 
 
 def test_a_line_says_when_compilation_begins(start, runtime, caplog):

@@ -17,11 +17,13 @@ from helpers import IS_TORCH_2_10, ROOT, call, needs_cuda, result, script, witho
 from test_ranks import join
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import models
+import engine.optim
+import engine.runtime
 import utils
+from engine.runtime import Runtime
 
 cuda, slow = pytest.mark.cuda, pytest.mark.slow
-PRECISIONS = tuple(utils.PRECISIONS)
+PRECISIONS = tuple(engine.runtime.PRECISIONS)
 # Dropout draws random numbers in each step, with which a resumed run must go on.
 SMALL = {"train_resnet": ["--dropout", "0.1"],
          "finetune_resnet18": ["--weights", "random", "--image-size", "64"]}
@@ -33,7 +35,7 @@ MOST_MEMORY = 5.7  # GB, of one K20X
 
 def skip_without_bf16(precision: str) -> None:
     """Skip where the GPU does not compute in bf16."""
-    if precision == "bf16" and utils.fastest_dtype(torch.device("cuda")) != torch.bfloat16:
+    if precision == "bf16" and engine.runtime.fastest_dtype(torch.device("cuda")) != torch.bfloat16:
         pytest.skip("this GPU does not compute in bf16")
 
 
@@ -131,13 +133,13 @@ def test_the_defaults_fit_a_small_gpu(name, tmp_path):
 def report_reserved() -> None:
     """Print the most memory that torch reserved when the last line is printed."""
     without_pictures()
-    peak_memory = utils.peak_memory
+    peak_memory = engine.runtime.peak_memory
 
     def peak(device):
         print(f"reserved {torch.cuda.max_memory_reserved(device) / 1e9} GB")
         return peak_memory(device)
 
-    utils.peak_memory = peak
+    engine.runtime.peak_memory = peak
 
 
 @pytest.mark.parametrize("device, precision", [
@@ -186,14 +188,14 @@ def print_dtypes() -> None:
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_, **__: True
     with FakeTensorMode(allow_non_fake_inputs=True):
         for dtype in (torch.bfloat16, torch.float16):
-            runtime = utils.Runtime(torch.device("cuda"), dtype)
+            runtime = Runtime(torch.device("cuda"), dtype)
             # Without a gradient, for which torch would start a thread for the GPU.
             with runtime.autocast():
                 logits = torch.nn.functional.linear(torch.ones(4, 8, device="cuda"),
                                                     torch.ones(100, 8, device="cuda"))
             labels = torch.zeros(4, dtype=torch.int64, device="cuda")
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
-            matrix = models.orthogonalize(torch.ones(2, 8, 8, device="cuda"), runtime.dtype)
+            matrix = engine.optim.orthogonalize(torch.ones(2, 8, 8, device="cuda"), runtime.dtype)
             print(logits.dtype, loss.dtype, matrix.dtype)
 
 
@@ -214,9 +216,9 @@ def agree_by_gloo() -> None:
         backends.replace("nccl", "fake"), **keywords)
     import torch.testing._internal.distributed.fake_pg
 
-    rank, _ = utils.join_ranks(torch.device("cuda"))
+    rank, _ = engine.runtime.join_ranks(torch.device("cuda"))
     # It believes in a second rank, so it asks the group.
-    runtime = utils.Runtime(torch.device("cpu"), torch.float32, rank=rank, ranks=2)
+    runtime = Runtime(torch.device("cpu"), torch.float32, rank=rank, ranks=2)
     print(runtime.reduce(torch.tensor([3.0])).item(), runtime.broadcast({"a": 1}),
           runtime.gather("b")[0])
 

@@ -24,8 +24,12 @@ from helpers import (
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+import cifar100.formats
+import cifar100.unpickle
 import data
-import utils
+import engine.inference
+from cifar100 import formats
+from cifar100.classes import CLASS_NAMES, SUPERCLASS_OF, SUPERCLASSES
 from utils import UserError
 
 
@@ -93,9 +97,9 @@ def test_a_pickle_of_python_2_reads(tmp_path, arrays):
 @pytest.fixture(scope="module")
 def real():
     """The real set, and the files that it was read from."""
-    read, files = data._read_archive, {}
+    read, files = formats._read_archive, {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_read_archive", lambda path: files.update(read(path)) or files)
+        patch.setattr(formats, "_read_archive", lambda path: files.update(read(path)) or files)
         return data.load("cifar100", SHARED / "cifar100", download=False), files
 
 
@@ -116,14 +120,14 @@ def test_the_real_set_is_the_published_one(real):
 @needs_data
 def test_the_classes_and_superclasses_are_those_of_the_real_set(real):
     dataset, files = real
-    assert dataset.class_names == data.CLASS_NAMES
-    assert (data.CLASS_NAMES[0], data.CLASS_NAMES[99]) == ("apple", "worm")
-    test = utils.unpickle(files["test"])
+    assert dataset.class_names == CLASS_NAMES
+    assert (CLASS_NAMES[0], CLASS_NAMES[99]) == ("apple", "worm")
+    test = cifar100.unpickle.unpickle(files["test"])
     pairs = set(zip(test["fine_labels"], test["coarse_labels"], strict=True))
     assert len(pairs) == 100
     for fine, coarse in pairs:
-        group = data.SUPERCLASS_OF[data.CLASS_NAMES[fine]]
-        assert list(data.SUPERCLASSES).index(group) == coarse, "the official order, too"
+        group = SUPERCLASS_OF[CLASS_NAMES[fine]]
+        assert list(SUPERCLASSES).index(group) == coarse, "the official order, too"
 
 
 @pytest.mark.parametrize("form", ["directory", "archive"])
@@ -409,8 +413,8 @@ def test_the_gather_equals_reflect_padding_crop_and_flip(runtime, flip, padding)
         for right in range(offsets):
             expected = padded[chosen, :, down : 32 + down, right : 32 + right]
             expected = expected.flip(3) if flip else expected
-            draws = torch.stack([chosen, down * ones, (right + offsets * flip) * ones])
-            got = batches._augment(draws, 32)
+            crop = torch.stack([down * ones, (right + offsets * flip) * ones])
+            got = batches._augment({"image": chosen[None], "crop": crop}, 32)
             assert got.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal((255 * got).round().byte(), expected)
 
@@ -472,7 +476,7 @@ def test_a_picture_is_turned_cut_and_scaled(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn clockwise
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    images, files = data.pictures([tmp_path / "turned.png"])
+    images, files = engine.inference.pictures([tmp_path / "turned.png"])
     red, green, blue = images[0]
     assert (images.shape, images.dtype) == ((1, 3, 32, 32), torch.uint8)
     assert files == [tmp_path / "turned.png"]
@@ -486,7 +490,7 @@ def test_a_picture_of_16_bits_is_not_clipped(tmp_path, name):
         (tmp_path / name).write_bytes(b"P5 9 9 65535\n" + np.full(81, 25_700, ">u2").tobytes())
     else:
         Image.fromarray(np.full((9, 9), 25_700, np.uint16)).save(tmp_path / name)
-    assert data.pictures([tmp_path / name])[0].unique().tolist() == [100]
+    assert engine.inference.pictures([tmp_path / name])[0].unique().tolist() == [100]
 
 
 @pytest.mark.parametrize("name, words", [
@@ -499,4 +503,4 @@ def test_what_is_no_picture_is_named(tmp_path, name, words):
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=f"{tmp_path / name}: {words}"):
-        data.pictures([tmp_path / "whole.png", tmp_path / name])
+        engine.inference.pictures([tmp_path / "whole.png", tmp_path / name])

@@ -9,6 +9,7 @@ import time
 import pytest
 from helpers import holds, pack, write_python
 
+import cifar100.formats
 import data
 from utils import UserError
 
@@ -68,7 +69,7 @@ def archive(tmp_path, arrays, monkeypatch):
     written = pack(write_python(tmp_path / "src" / "cifar-100-python", arrays), tmp_path / "a.tgz")
     content = written.read_bytes()
     md5 = hashlib.md5(content).hexdigest()
-    monkeypatch.setitem(data.OFFICIAL_MD5, "cifar-100-python.tar.gz", md5)
+    monkeypatch.setitem(cifar100.formats.OFFICIAL_MD5, "cifar-100-python.tar.gz", md5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return content
 
@@ -83,7 +84,7 @@ def test_a_download_is_checked_and_read(tmp_path, archive, arrays):
 
 
 def test_a_broken_download_is_resumed(tmp_path, archive, arrays, monkeypatch):
-    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(cifar100.download, "RETRY_SECONDS", 0)
     server = Server(archive, breaks=2)
     assert holds(data.load("cifar100", tmp_path / "data", server.url), arrays)
     half = len(archive) // 2
@@ -93,7 +94,7 @@ def test_a_broken_download_is_resumed(tmp_path, archive, arrays, monkeypatch):
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_final(tmp_path, archive, arrays,
                                                              monkeypatch):
-    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(cifar100.download, "RETRY_SECONDS", 0)
     server = Server(archive, errors=(503, 429))
     assert holds(data.load("cifar100", tmp_path / "data", server.url), arrays)
     server = Server(archive, errors=(404,))
@@ -126,7 +127,7 @@ def test_a_wrong_archive_is_not_kept(tmp_path, archive):
     (True, "http://127.0.0.1/a b"), (False, None),
 ])
 def test_no_data_names_three_ways_out(tmp_path, monkeypatch, download, url):
-    monkeypatch.setattr(data, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(cifar100.download, "RETRY_SECONDS", 0)
     with pytest.raises(UserError, match=r"put .*--data-url.*--dataset synthetic"):
         data.load("cifar100", tmp_path / "data", url, download)
 

@@ -37,14 +37,14 @@ TRAIN_DIGEST = """
 import hashlib, os, socket
 import engine, train_resnet, utils
 
-def finish(run, finish=engine.Run.finish):
+def finish(run, finish=Run.finish):
     finish(run)
     weights = [value.numpy().tobytes() for value in run.model.state_dict().values()]
     with open("rank" + os.environ["RANK"], "w") as file:
         print(socket.gethostname(), hashlib.sha256(b"".join(weights)).hexdigest(), file=file)
 
-engine.Run.finish = finish
-utils.run_script(train_resnet.main)
+Run.finish = finish
+engine.process.run_script(train_resnet.main)
 """
 
 

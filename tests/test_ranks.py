@@ -22,10 +22,18 @@ from helpers import ROOT, call, result, run_script, script, without_pictures
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import engine
+import engine.loop
+import engine.optim
+import engine.process
+import engine.runtime
 import models
-import report
+import report.log
 import utils
+from cifar100.classes import CLASS_NAMES
+from engine.loop import train_one_epoch
+from engine.run import Run
+from engine.runtime import Runtime, choose_runtime
+from train_resnet import train_step
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 # Size and number of a batch of 100 images, and the probability of CutMix, which is the strength of
@@ -63,9 +71,9 @@ def join(rank: int, ranks: int, port: int) -> None:
     }
 
 
-def choose_cpu() -> utils.Runtime:
+def choose_cpu() -> Runtime:
     """Return the runtime of this rank, with one thread whatever their number."""
-    runtime = utils.choose_runtime("cpu", "fp32", False)
+    runtime = choose_runtime("cpu", "fp32", False)
     torch.set_num_threads(1)
     return runtime
 
@@ -108,7 +116,7 @@ def print_numbers(path: Path) -> None:
     numbered = data.Split(values.view(-1, 1, 1, 1).expand(97, 3, 32, 32), values.long())
     batches = data.Batches(numbered, 8, PLAIN, runtime)
     trained = [images[:, 0, 0, 0] for images, _, weight in batches.shuffled(1, 2) if weight]
-    bar = report.progress(batches, "test", runtime)
+    bar = report.log.progress(batches, "test", runtime.rank)
     tested = [images[:, 0, 0, 0] for images, _ in bar]
     assert bar.total == len(tested), "the bar ends where the batches do"
     torch.save([(torch.cat(part) * 255).round().long() for part in (trained, tested)],
@@ -116,8 +124,9 @@ def print_numbers(path: Path) -> None:
     torch.manual_seed(0)
     test = data.Batches(data.synthetic(1, 1).test, 24, data.CIFAR100_STATS, runtime, size=16)
     model = models.ResNet()
-    logits, labels = engine.infer(model, test, runtime)
-    print(engine.evaluate(model, test, runtime), logits.topk(3).indices.tolist(), labels.tolist())
+    logits, labels = engine.loop.infer(model, test, runtime)
+    metrics = engine.loop.evaluate(model, test, runtime)
+    print(metrics, logits.topk(3).indices.tolist(), labels.tolist())
 
 
 def test_every_image_is_seen_once_and_the_evaluation_is_equal(tmp_path):
@@ -255,21 +264,21 @@ def test_batch_norm_is_synchronised_where_a_rank_has_few_images(
     model = models.ResNet()
     # So no GPU is needed.
     monkeypatch.setattr(model, "to", lambda *_, **__: model)
-    utils.Runtime(torch.device(device), torch.float32, ranks=2).place(model, batch_size)
+    Runtime(torch.device(device), torch.float32, ranks=2).place(model, batch_size)
     kinds = [type(module) for module in model.modules()]
     assert kinds.count(torch.nn.SyncBatchNorm) == synchronised
 
 
-def start_run(runtime: utils.Runtime, path: Path, steps: int) -> engine.Run:
+def start_run(runtime: Runtime, path: Path, steps: int) -> Run:
     """Start a run of part 1 of one epoch of so many steps of ten images."""
     sys.argv = ["train_resnet", "--output-dir", str(path), "--epochs", "1", "--overwrite"]
     args = importlib.import_module("train_resnet").parse_args()
     split = data.Split(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1).long())
-    dataset = data.Dataset("none", split, split, data.CLASS_NAMES, "")
-    run = engine.Run(args, runtime, dataset, 60, steps)
+    dataset = data.Dataset("none", split, split, CLASS_NAMES, "")
+    run = Run(args, runtime, dataset, 60, steps)
     model = models.ResNet()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    run.start(model, optimizer, engine.one_cycle(optimizer, steps), [8])
+    run.start(model, optimizer, engine.optim.one_cycle(optimizer, steps), [8])
     return run
 
 
@@ -278,9 +287,10 @@ def save_statistics(path: Path) -> None:
     runtime = choose_cpu()
     run = start_run(runtime, path, 1)
     run.model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(runtime.rank)))
+    run.state.sums[2] = 1  # image
     seen = []
     for _ in range(2):
-        seen.append([tensor.clone() for tensor in run.statistics])
+        seen.append([tensor.clone() for tensor in run.state.statistics])
         run.end_training()
     torch.save(seen, path / f"rank{runtime.rank}")
 
@@ -315,7 +325,7 @@ def count_collectives(path: Path) -> None:
 
     split = data.Split(images, torch.arange(50))
     batches = data.Batches(split, 10, PLAIN, runtime).shuffled(0, 0, 0, 8)
-    engine.train_one_epoch(run, profiled(batches), 0.1)
+    train_one_epoch(run, profiled(batches), train_step)
     print([(event.key, event.count) for event in profiler.key_averages() if "gloo" in event.key])
 
 
@@ -332,7 +342,7 @@ def raise_in_one_rank() -> None:
             raise ZeroDivisionError("a fault")
         dist.all_reduce(torch.zeros(1))
 
-    utils.run_script(main)
+    engine.process.run_script(main)
 
 
 def test_a_fault_in_one_rank_ends_all_at_once():
@@ -350,16 +360,16 @@ def test_a_fault_in_one_rank_ends_all_at_once():
 
 def test_of_a_long_message_the_end_is_kept(monkeypatch):
     """There NCCL names the cause."""
-    monkeypatch.setattr(utils, "_in_group", lambda: True)
+    monkeypatch.setattr(engine.process, "_in_group", lambda: True)
     error = dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:4300, " + 50 * "internal "
                                   + "Last error: socketProgress: Connection closed by remote peer")
-    line, status = utils.explain(error)
+    line, status = engine.process.explain(error)
     assert line.endswith("Connection closed by remote peer)") and len(line) < 250
     assert status == utils.LEFT_ALONE
 
 
 def test_the_group_is_not_joined_without_torchrun():
-    assert utils.join_ranks(torch.device("cpu")) == (0, 1) and not dist.is_initialized()
+    assert engine.runtime.join_ranks(torch.device("cpu")) == (0, 1) and not dist.is_initialized()
 
 
 def fail(rank: int, status: int) -> None:
@@ -368,7 +378,7 @@ def fail(rank: int, status: int) -> None:
         raise utils.UserError("a mistake", status)
 
     join(rank, 2, 0)
-    utils.run_script(main)
+    engine.process.run_script(main)
 
 
 def test_a_mistake_of_one_rank_is_told_by_it_and_what_befalls_all_by_rank_0():

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, script
+from helpers import ROOT, call, compare_runs, script
 from PIL import Image
 
-import engine
 import models
-import report
+from report.runs import read_run
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = {name: (ROOT / name).read_text()
@@ -98,29 +97,21 @@ def test_help_is_grouped_fits_100_columns_and_ends_with_examples(helps, name):
 
 
 @both
-def test_help_shows_every_default(helps, monkeypatch, name):
-    parsers = []
-
-    def read(parser):
-        parsers.append(parser)
-        raise SystemExit
-
-    monkeypatch.setattr(engine.Parser, "read", read)
-    monkeypatch.delenv("CIFAR100_DIR", raising=False)
-    with pytest.raises(SystemExit):
-        importlib.import_module(name).parse_args()
-    shown = " ".join(helps[name].split())
-    for action in parsers[0]._actions:
-        assert f"{action.option_strings[-1]} " in shown
-        text = re.split(r" (?=--|-h)", shown.partition(f" {action.help} (default: ")[2])[0]
-        if action.default not in (None, "==SUPPRESS==") and action.default is not False:
-            assert text.startswith(f"{action.default})"), action
+def test_help_shows_every_default(helps, name):
+    entries = [" ".join(text.split()) for text in re.split(r"\n  (?=--)", helps[name])[1:]]
+    shown = {entry.split()[0]: re.findall(r"\(default: ([^)]*)\)", entry) for entry in entries}
+    defaults = {**importlib.import_module(name).RECIPE, "seed": 0, "dataset": "cifar100",
+                "val_size": 0, "precision": "auto", "device": "auto", "data_dir": "data",
+                "output_dir": f"output/{name}", "checkpoint_minutes": 10}
+    assert {flag: values for flag, values in shown.items() if values} == {
+        f"--{flag.replace('_', '-')}": [str(value)] for flag, value in defaults.items()}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_that_a_document_names_exists(helps, document):
     known = set(re.findall(r"--[a-z][a-z0-9-]+", "".join(helps.values())))
     known |= set(re.findall(r"--[a-z-]+", script("results/benchmark", "--help").stdout))
+    known |= set(re.findall(r"--[a-z-]+", call(compare_runs, "--help").stdout))
     named = set(re.findall(r"(?<![-\w|])--[a-z][a-z0-9-]+", DOCUMENTS[document]))
     assert named - known - OF_OTHERS <= {"--blocks"}, "but for the example of a flag of one's own"
 
@@ -168,24 +159,26 @@ def changed_script(tmp_path, *parts) -> Path:
         (block,) = (block for block in code_blocks(section("Change it")) if part in block)
         assert block.count("\n") <= 10
         # A flag comes before another line, all else takes the place of what is there.
-        old = {"recipe(": r"(?=^    parser.add_shared_recipe)",
+        old = {"add(": r"(?=^    return parser.read)",
                "AUGMENT": r"^AUGMENT = None.*?\n"}.get(part, rf"^{part}.*?\n\n(?=\n)")
         text = re.sub(old, block, text, flags=re.MULTILINE | re.DOTALL)
         assert block in text
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    for folder in ("cifar100", "engine", "report"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, dirs_exist_ok=True)
     (tmp_path / "train_mine.py").write_text(text)
     return tmp_path / "train_mine"
 
 
 def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_path):
-    mine = changed_script(tmp_path, "recipe(", "def make_model", "AUGMENT")
+    mine = changed_script(tmp_path, "add(", "def make_model", "AUGMENT")
     flags = ["--dataset", "synthetic", "--device", "cpu", "--batch-size", 20, "--max-steps", 3,
              "--blocks", 1, "--resume", "--output-dir"]
     whole, chain, plain = tmp_path / "whole", tmp_path / "chain", tmp_path / "plain"
     process = script(mine, *flags, whole)
     assert (process.returncode, process.stderr) == (0, "")
-    for told in ("network    ResNet, 3,540,996 parameters", ", blocks 1,",
+    for told in ("network    ResNet, 3,540,996 parameters", ", blocks 1\n",
                  ", flip, CutMix until epoch 1, cutout\n"):
         assert told in process.stdout
     assert script(mine, *flags, chain, "--max-minutes", 0.001).returncode == 75
@@ -197,10 +190,10 @@ def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_pat
     tested = script(mine, "--eval-only", "--device", "cpu", "--output-dir", whole)
     assert f" acc {accuracy:>6} " in tested.stdout, "the network is that of the run"
     (tmp_path / "a").mkdir()
-    changed_script(tmp_path / "a", "recipe(", "def make_model")
+    changed_script(tmp_path / "a", "add(", "def make_model")
     assert script(tmp_path / "a" / "train_mine", *flags, plain).returncode == 0
     assert (whole / "model.pt").read_bytes() != (plain / "model.pt").read_bytes()
-    compared = script(mine, "--compare", whole, chain, plain, "--output-dir", tmp_path)
+    compared = call(compare_runs, whole, chain, plain, "--output-dir", tmp_path)
     assert "kept apart from runs of other code" in compared.stdout
     assert f"not independent: seed 0 in {whole}, seed 0 in {chain}" in compared.stdout
 
@@ -311,7 +304,7 @@ def test_each_run_that_is_kept_ended_with_the_accuracy_of_its_row():
     folders = {path.name: path for path in (ROOT / "results" / "runs").iterdir()}
     assert rows.keys() == folders.keys()
     for name, row in rows.items():
-        run = report.read_run(folders[name])
+        run = read_run(folders[name])
         last, code = run.history[-1], run.config["code"]
         assert last["epoch"] == last["epochs"] == int(row["epochs"]) and not code["changed"]
         assert (row["commit"], row["seed"]) == (

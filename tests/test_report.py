@@ -13,9 +13,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 import finetune_resnet18
-import report
+import report.curves
+import report.log
+import report.runs
 import train_resnet
 import utils
+from report.compare import compare
+from report.run_report import write_run_report
+from report.runs import read_run
 
 COLUMNS = ("lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_top5", "test_loss",
            "test_acc", "test_top5")
@@ -43,7 +48,7 @@ def made_up_run(directory, script="train_resnet", required=60.0, seed=0, epochs=
     numbers = rng.uniform(size=(epochs, len(COLUMNS))).round(4)
     with open(directory / "metrics.csv", "w") as file:
         writer = csv.writer(file)
-        writer.writerow(["dataset", "epoch", "epochs", "image_size", *COLUMNS, *report.TIMES])
+        writer.writerow(["dataset", "epoch", "epochs", "image_size", *COLUMNS, *report.log.TIMES])
         for epoch, row in enumerate(numbers, 1):
             size = sizes[epoch - 1] if sizes else 32
             writer.writerow(["cifar100", epoch, epochs, size, *row, 100 * epoch, 60, 0])
@@ -77,7 +82,7 @@ def test_scores_equal_numpys():
     logits, labels = rng.normal(0, 3, (500, 100)).astype(np.float32), rng.integers(0, 100, 500)
     exp = np.exp(logits.astype(np.float64))
     order = np.argsort(-logits, 1)
-    metrics = report.score(torch.from_numpy(logits), torch.from_numpy(labels))
+    metrics = report.log.score(torch.from_numpy(logits), torch.from_numpy(labels))
     assert metrics.loss == pytest.approx(
         -np.log(exp[np.arange(500), labels] / exp.sum(1)).mean(), rel=1e-12)
     assert metrics.accuracy == (order[:, 0] == labels).mean()
@@ -87,28 +92,28 @@ def test_scores_equal_numpys():
 
 def test_an_epochs_line_is_the_one_of_the_readme():
     row = {"dataset": "cifar100", "epoch": 4, "epochs": 5, "image_size": 32, "lr": 0.025,
-           **report.metric_columns({"train": report.Metrics(2.184, 0.5668, np.nan, 50_000),
-                                    "test": report.Metrics(1.541, 0.5867, 0.859, 10_000)}),
+           **report.log.metric_columns({"train": report.log.Metrics(2.184, 0.5668, np.nan, 50_000),
+                                    "test": report.log.Metrics(1.541, 0.5867, 0.859, 10_000)}),
            "images_per_second": 501.2, "seconds": 104.6, "eta_seconds": 105}
-    assert report.epoch_line(row) == (
+    assert report.log.epoch_line(row) == (
         "epoch  4/5  32px  lr 0.0250  train loss 2.184 acc 56.68%  test loss 1.541 acc 58.67% "
         "top5 85.90%  501 img/s  104.6 s  eta 1m45s")
     row |= {"dataset": "synthetic", "val_loss": 3.0, "val_acc": 0.04, "val_top5": 0.1}
-    assert report.epoch_line(row).startswith("[synthetic]  epoch  4/5 ")
-    assert "56.68%  val loss 3.000 acc  4.00% top5 10.00%  test loss" in report.epoch_line(row)
+    assert report.log.epoch_line(row).startswith("[synthetic]  epoch  4/5 ")
+    assert "56.68%  val loss 3.000 acc  4.00% top5 10.00%  test loss" in report.log.epoch_line(row)
 
 
 @pytest.mark.parametrize("seconds, text", [
     (0.4, "0s"), (41, "41s"), (281, "4m41s"), (3599.7, "1h00m"), (3840, "1h04m"),
 ])
 def test_durations(seconds, text):
-    assert report.duration(seconds) == text
+    assert report.log.duration(seconds) == text
 
 
 @pytest.mark.parametrize("accuracy, words", [(0.6, "60% is met"), (0.5999, "60% is not met")])
 def test_the_required_accuracy_is_met_or_not(accuracy, words):
-    assert report.verdict(accuracy, 60.0) == f"the course's required accuracy of {words}"
-    assert report.verdict(accuracy, None).endswith("required accuracy does not apply")
+    assert report.log.verdict(accuracy, 60.0) == f"the course's required accuracy of {words}"
+    assert report.log.verdict(accuracy, None).endswith("required accuracy does not apply")
 
 
 def test_the_required_accuracies_are_those_of_the_course():
@@ -119,7 +124,7 @@ def test_the_reported_epoch_is_the_last_not_the_best(tmp_path, drawn):
     numbers = made_up_run(tmp_path / "run", seed=4)
     accuracies = numbers["test_acc"]
     assert accuracies[-1] < 0.6 < max(accuracies)
-    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    write_run_report(tmp_path / "run", read_run(tmp_path / "run").history)
     last = {name: f"{values[-1]:.2%}" for name, values in numbers.items()}
     (row,), *_ = tables((tmp_path / "run" / "report.md").read_text())
     assert row == [str(tmp_path / "run"), "4", "3 of 3", last["train_acc"], last["val_acc"],
@@ -136,7 +141,7 @@ def test_a_report_says_what_matters_in_words_and_no_more(tmp_path, drawn):
     last = made_up_run(tmp_path / "run", lr=0.1, dropout=False, weights=None, weight_decay=0,
                        resume=True, no_download=False, max_minutes=None, data_dir="data",
                        config={**KNOWN, "in_words": IN_WORDS})
-    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    write_run_report(tmp_path / "run", read_run(tmp_path / "run").history)
     text = (tmp_path / "run" / "report.md").read_text()
     accuracy = f"{last['test_acc'][-1]:.2%}"
     assert text.startswith(f"# ResNet on CIFAR-100: {accuracy} after epoch 3\n\n")
@@ -153,10 +158,10 @@ def test_a_report_says_what_matters_in_words_and_no_more(tmp_path, drawn):
 
 def test_a_run_whose_config_is_gone_has_no_report_but_a_line(tmp_path, caplog):
     made_up_run(tmp_path / "run")
-    history = report.read_run(tmp_path / "run").history
+    history = read_run(tmp_path / "run").history
     (tmp_path / "run" / "config.json").write_text("{")
     with caplog.at_level("INFO", "cifar100"):
-        report.write_run_report(tmp_path / "run", history)
+        write_run_report(tmp_path / "run", history)
     assert re.match(r"warning +no report: .*config\.json: cannot be used", *caplog.messages)
     assert not (tmp_path / "run" / "report.md").exists()
 
@@ -165,18 +170,18 @@ def test_a_run_whose_config_is_gone_has_no_report_but_a_line(tmp_path, caplog):
 def test_a_finished_run_of_older_code_has_no_report_but_a_line(tmp_path, caplog, lacks):
     """Resumed, it is not trained, and its config.json stays as it was."""
     made_up_run(tmp_path / "run")
-    history = report.read_run(tmp_path / "run").history
+    history = read_run(tmp_path / "run").history
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     del config[lacks]
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with caplog.at_level("INFO", "cifar100"):
-        report.write_run_report(tmp_path / "run", history)
+        write_run_report(tmp_path / "run", history)
     assert re.match(rf"warning +no report: .*config\.json .* lacks '{lacks}'$", *caplog.messages)
 
 
 def test_curves_show_the_numbers_of_a_run_in_three_panels(tmp_path, drawn):
     numbers = made_up_run(tmp_path / "run")
-    report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+    write_run_report(tmp_path / "run", read_run(tmp_path / "run").history)
     loss, accuracy, rate = drawn[0].axes
     for panel, names in ((loss, ["train_loss", "val_loss", "test_loss"]),
                          (accuracy, ["train_acc", "val_acc", "test_acc"]), (rate, ["lr"])):
@@ -199,7 +204,7 @@ def test_each_script_has_a_row_of_panels_and_a_legend_of_its_own(tmp_path, drawn
     one = made_up_run(tmp_path / "one")
     two = made_up_run(tmp_path / "two", "finetune_resnet18", 70.0, seed=1, sizes=[224] * 3,
                       image_size=224)
-    report.compare([tmp_path / "one", tmp_path / "two"], tmp_path)
+    compare([tmp_path / "one", tmp_path / "two"], tmp_path)
     rows = np.reshape(drawn[0].axes, (2, 3))
     assert [title(row[0]) for row in rows] == ["train_resnet.py", "finetune_resnet18.py"]
     for (_, accuracy, rate), numbers, height in zip(rows, (one, two), (60, 70), strict=True):
@@ -214,7 +219,7 @@ def test_each_script_has_a_row_of_panels_and_a_legend_of_its_own(tmp_path, drawn
 def test_the_epochs_on_small_images_are_shaded_and_named(tmp_path, drawn):
     made_up_run(tmp_path / "small", sizes=[20, 20, 32])
     made_up_run(tmp_path / "full", "finetune_resnet18", sizes=[224, 224, 224])
-    report.compare([tmp_path / "small", tmp_path / "full"], tmp_path)
+    compare([tmp_path / "small", tmp_path / "full"], tmp_path)
     small, full = drawn[0].axes[:3], drawn[0].axes[3:]
     for panel in small:
         (shade,) = panel.patches
@@ -235,7 +240,7 @@ def test_the_legend_says_that_training_values_are_of_mixed_images(probabilities,
     for cutmix in probabilities:
         made_up_run(tmp_path / str(cutmix), cutmix=cutmix,
                     config={**KNOWN, "recipe": [*RECIPE, "cutmix"]})
-    report.compare([tmp_path / str(cutmix) for cutmix in probabilities], tmp_path)
+    compare([tmp_path / str(cutmix) for cutmix in probabilities], tmp_path)
     (legend,) = legends(drawn[0])
     assert [text for text in legend if text.startswith("training")] == [label]
 
@@ -245,7 +250,7 @@ def test_a_legend_says_what_differs_in_words(tmp_path, drawn):
     for seed in range(3):
         made_up_run(tmp_path / f"a{seed}", seed=seed, epochs=20, lr=0.1, label_smoothing=0.1)
     made_up_run(tmp_path / "b", epochs=5, lr=0.2, label_smoothing=0.1)
-    report.compare([tmp_path / name for name in ("a0", "a1", "a2", "b")], tmp_path)
+    compare([tmp_path / name for name in ("a0", "a1", "a2", "b")], tmp_path)
     (legend,) = legends(drawn[0])
     assert {"20 epochs, learning rate 0.1 (3 runs)", "5 epochs, learning rate 0.2"} < set(legend)
     assert not any("_" in text or "lr" in text or "smoothing" in text for text in legend)
@@ -258,7 +263,7 @@ def test_seeds_are_compared_as_mean_range_and_table(tmp_path, drawn, caplog):
     directories = [tmp_path / name for name in ("a0", "a1", "a2", "b")]
     into = tmp_path / "new" / "dir"
     with caplog.at_level("INFO", "cifar100"):
-        report.compare([*directories, directories[0]], into)
+        compare([*directories, directories[0]], into)
     loss = drawn[0].axes[0]
     values = np.stack([numbers["test_loss"] for numbers in three])
     np.testing.assert_allclose(curves(loss)[2].get_ydata(), values.mean(0))
@@ -290,7 +295,7 @@ def test_without_a_validation_set_there_is_no_mean_of_one(tmp_path, drawn, caplo
     text = (tmp_path / "run" / "metrics.csv").read_text()
     (tmp_path / "run" / "metrics.csv").write_text(text.replace("val_", "other_"))
     with caplog.at_level("INFO", "cifar100"):
-        report.compare([tmp_path / "run"], tmp_path)
+        compare([tmp_path / "run"], tmp_path)
     means = [f"{last[name][-1]:.2%}" for name in MEANS[:2]]
     assert caplog.messages[1] == "train_resnet: n 1, test accuracy {}, test top-5 {}".format(*means)
     _, groups = tables((tmp_path / "comparison.md").read_text())
@@ -301,7 +306,7 @@ def test_a_band_goes_as_far_as_the_shortest_run(tmp_path, drawn):
     for seed in (0, 1):
         made_up_run(tmp_path / str(seed), seed=seed)
     forget_the_last_epoch(tmp_path / "1")
-    report.compare([tmp_path / "0", tmp_path / "1"], tmp_path)
+    compare([tmp_path / "0", tmp_path / "1"], tmp_path)
     assert {tuple(line.get_xdata()) for panel in drawn[0].axes for line in curves(panel)} == {
         (1, 2)}
 
@@ -317,7 +322,7 @@ def test_an_unfinished_run_is_drawn_but_not_in_the_mean(tmp_path, drawn):
     made_up_run(tmp_path / "half", seed=1)
     forget_the_last_epoch(tmp_path / "half")
     for _ in range(2):  # what the first leaves behind is not in the way of the second
-        report.compare([tmp_path / "whole", tmp_path / "half"], tmp_path)
+        compare([tmp_path / "whole", tmp_path / "half"], tmp_path)
     runs, groups = tables((tmp_path / "comparison.md").read_text())
     assert [row[2] for row in runs] == ["3 of 3", "2 of 3"]
     assert groups == [["train_resnet", "1", *(f"{last[name][-1]:.2%}" for name in MEANS)]]
@@ -329,9 +334,9 @@ def test_what_tells_runs_apart_is_the_recipe_that_they_name(tmp_path):
     made_up_run(tmp_path / "b", seed=1, lr=0.1, dropout=0.1, weights="one", resume=True)
     made_up_run(tmp_path / "c", lr=0.1, dropout=0.2, weights="one")
     made_up_run(tmp_path / "d", lr=0.1, dropout=0.1, weights="two")
-    records = [report.read_run(tmp_path / name) for name in "abcd"]
+    records = [read_run(tmp_path / name) for name in "abcd"]
     names = {label: [record.directory.name for record in group]
-             for label, group in report.group_runs(records).items()}
+             for label, group in report.runs.group_runs(records).items()}
     assert names == {
         "train_resnet, dropout 0.1, weights one": ["a", "b"],
         "train_resnet, dropout 0.2, weights one": ["c"],
@@ -365,7 +370,7 @@ def test_runs_of_other_code_network_or_images_are_no_seeds_of_one(
     for seed, name in enumerate("abc"):
         made_up_run(tmp_path / name, seed=seed, config=changed(**config) if name == "c" else KNOWN)
     with caplog.at_level("INFO", "cifar100"):
-        report.compare([tmp_path / name for name in "abc"], tmp_path)
+        compare([tmp_path / name for name in "abc"], tmp_path)
     runs = (f"{tmp_path / 'a'}, {tmp_path / 'b'}", tmp_path / "c")
     text = (tmp_path / "comparison.md").read_text()
     for line, label, where in zip(caplog.messages, words, runs, strict=False):
@@ -382,7 +387,7 @@ def test_networks_are_told_apart_by_their_layers(tmp_path):
     layers = {"layers": NETWORK["layers"][::-1]}
     for name, network in (("a", {}), ("b", layers)):
         made_up_run(tmp_path / name, config=changed(network=network))
-    groups = report.group_runs([report.read_run(tmp_path / name) for name in "ab"])
+    groups = report.runs.group_runs([read_run(tmp_path / name) for name in "ab"])
     assert len(groups) == 2 and all("ResNet of 3,559,556 parameters (" in name for name in groups)
 
 
@@ -392,7 +397,7 @@ def test_another_commit_with_the_same_modules_is_the_same_code(tmp_path, drawn, 
     made_up_run(tmp_path / "b", seed=1, config=changed(code={"commit": "9f8e7d6c5b4a"}))
     made_up_run(tmp_path / "c", "finetune_resnet18", config=changed(code={"modules": "a" * 12}))
     with caplog.at_level("INFO", "cifar100"):
-        report.compare([tmp_path / name for name in "abc"], tmp_path)
+        compare([tmp_path / name for name in "abc"], tmp_path)
     assert [line.partition(",")[0] for line in caplog.messages[1:3]] == [
         "train_resnet: n 2", "finetune_resnet18: n 1"]
 
@@ -402,7 +407,7 @@ def test_a_seed_that_is_there_twice_is_told(tmp_path, drawn, caplog):
         made_up_run(tmp_path / name, seed=seed, lr=0.1)
     made_up_run(tmp_path / "d", seed=1, lr=0.2)
     with caplog.at_level("INFO", "cifar100"):
-        report.compare([tmp_path / name for name in "abcd"], tmp_path)
+        compare([tmp_path / name for name in "abcd"], tmp_path)
     told = [line for line in caplog.messages if "warning" in line]
     assert told == ["warning    train_resnet, learning rate 0.1: runs that are not independent: "
                     f"seed 0 in {tmp_path / 'a'}, seed 0 in {tmp_path / 'c'}"]
@@ -411,7 +416,7 @@ def test_a_seed_that_is_there_twice_is_told(tmp_path, drawn, caplog):
 
 def test_a_path_with_a_vertical_bar_does_not_break_the_table(tmp_path, drawn):
     made_up_run(tmp_path / "a|b")
-    report.compare([tmp_path / "a|b"], tmp_path)
+    compare([tmp_path / "a|b"], tmp_path)
     assert "a\\|b | 0 | 3 of 3 |" in (tmp_path / "comparison.md").read_text()
 
 
@@ -428,12 +433,12 @@ def test_what_is_no_run_is_refused_in_a_line(tmp_path, drawn, caplog, broken, co
     if content is not None:
         (tmp_path / "run" / broken).write_text(content)
     with pytest.raises(utils.UserError, match="run: holds no run with a finished epoch"):
-        report.compare([tmp_path / "run"], tmp_path / "new")
+        compare([tmp_path / "run"], tmp_path / "new")
     assert not (tmp_path / "new").exists()
     # Beside another run it is a warning, and that one is compared.
     made_up_run(tmp_path / "whole")
     with caplog.at_level("INFO", "cifar100"):
-        report.compare([tmp_path / "run", tmp_path / "whole"], tmp_path / "new")
+        compare([tmp_path / "run", tmp_path / "whole"], tmp_path / "new")
     assert caplog.messages[0].startswith(
         f"warning    {tmp_path / 'run'}: holds no run with a finished epoch, or one of ")
     assert " ".join(caplog.messages[0].split()) in (tmp_path / "new" / "comparison.md").read_text()
@@ -444,7 +449,7 @@ def test_a_comparison_that_cannot_be_written_names_the_directory(tmp_path, drawn
     made_up_run(tmp_path / "run")
     (tmp_path / "file").touch()
     with pytest.raises(utils.UserError, match=f"--output-dir {tmp_path / 'file'}: cannot be writ"):
-        report.compare([tmp_path / "run"], tmp_path / "file")
+        compare([tmp_path / "run"], tmp_path / "file")
 
 
 def test_without_matplotlib_a_line_says_what_to_install(tmp_path, monkeypatch, caplog):
@@ -452,7 +457,7 @@ def test_without_matplotlib_a_line_says_what_to_install(tmp_path, monkeypatch, c
     made_up_run(tmp_path / "run")
     (tmp_path / "run" / "curves.png").touch()  # of an earlier report
     with caplog.at_level("INFO", "cifar100"):
-        report.write_run_report(tmp_path / "run", report.read_run(tmp_path / "run").history)
+        write_run_report(tmp_path / "run", read_run(tmp_path / "run").history)
     (line,) = caplog.messages
     assert re.search(r"curves.png is not drawn .*: pip install 'matplotlib>=3.7'$", line)
     assert not (tmp_path / "run" / "curves.png").exists(), "none is better than an old one"
@@ -464,9 +469,9 @@ def test_groups_are_told_apart_without_colours_and_their_legend_is_on_the_page(t
     count = 10
     for i in range(count):
         made_up_run(tmp_path / str(i), lr=i, weight_decay=0.005 * i, sizes=[20, 20, 32])
-    records = [report.read_run(tmp_path / str(i)) for i in range(count)]
+    records = [read_run(tmp_path / str(i)) for i in range(count)]
     figure = Figure(layout="constrained")
-    report.draw_curves(figure, report.group_runs(records))
+    report.curves.draw_curves(figure, report.runs.group_runs(records))
     figure.savefig(tmp_path / "curves.png", dpi=figure.dpi)
     assert shows_something(tmp_path / "curves.png")
     legend, page = figure.axes[2].get_legend().get_window_extent(), figure.bbox

@@ -16,8 +16,9 @@ import torch
 from faults import at_batch, kill, kill_at_write, limit_files, spoil
 from helpers import call, contents, equal, result, script, without_pictures, write_binary
 
-import engine
-import report
+import engine.checkpoint
+import engine.run
+import report.run_report
 import utils
 
 # With all that draws random numbers. Before --crop-padding there was, images were padded by 4.
@@ -39,7 +40,7 @@ def whole(tmp_path_factory, data_dir):
 
 def set_save_after(seconds, before) -> None:
     """Prepare a process in which the end of an epoch saves after so many seconds."""
-    engine.SAVE_AFTER = seconds
+    engine.run.SAVE_AFTER = seconds
     if before:
         before()
 
@@ -82,7 +83,7 @@ class Whole:
         allowed = {".lock", "checkpoint-previous.pt"}
         if "curves.png is not drawn" in process.stdout:
             allowed.add("curves.png")
-        expected = {*engine.RUN_FILES, *report.RUN_REPORTS, ".lock"}
+        expected = {*engine.checkpoint.RUN_FILES, *report.run_report.RUN_REPORTS, ".lock"}
         assert set(contents(output_dir)) | allowed == expected, "no temporary file is left"
         assert result(output_dir) == self.result
 
@@ -129,10 +130,10 @@ def test_a_kill_costs_the_short_epochs_since_the_last_save(whole, tmp_path):
     """They are not saved one by one: the log tells them again, and the end is the same."""
     run = whole("train_resnet")
     in_second_epoch = functools.partial(at_batch, 4, kill)
-    killed = run.script(tmp_path, before=in_second_epoch, save_after=engine.SAVE_AFTER)
+    killed = run.script(tmp_path, before=in_second_epoch, save_after=engine.run.SAVE_AFTER)
     assert killed.returncode == -signal.SIGKILL and "epoch  1/2" in killed.stdout
     assert not (tmp_path / "checkpoint.pt").exists()
-    process = run.script(tmp_path, save_after=engine.SAVE_AFTER)
+    process = run.script(tmp_path, save_after=engine.run.SAVE_AFTER)
     assert "epoch  1/2" in process.stdout
     assert not (tmp_path / "checkpoint-previous.pt").exists(), "only the last epoch is saved"
     run.assert_same_end(process, tmp_path)
@@ -356,7 +357,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "another dict", "part 2's"])
 def test_without_a_whole_checkpoint_nothing_starts(whole, stopped, tmp_path, damage):
     output_dir = shutil.copytree(stopped, tmp_path / "run")
-    for name in engine.CHECKPOINTS:
+    for name in engine.checkpoint.CHECKPOINTS:
         if damage == "another dict":
             torch.save({"script": "train_resnet"}, output_dir / name)
         elif damage == "part 2's":

@@ -11,10 +11,12 @@ import torch
 from helpers import shows_something, tables
 
 import data
-import report
+import report.log
 import utils
+from cifar100.classes import CLASS_NAMES, SUPERCLASS_OF, SUPERCLASSES
+from report.evaluation import write_test_report
 
-NAMES = list(data.CLASS_NAMES)
+NAMES = list(CLASS_NAMES)
 
 
 def guesses(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +32,7 @@ def dataset_of(labels: torch.Tensor) -> data.Dataset:
     """Return a data set whose test set has these labels and random images."""
     images = torch.randint(256, (len(labels), 3, 32, 32), dtype=torch.uint8)
     test = data.Split(images, labels)
-    return data.Dataset("cifar100", test, test, data.CLASS_NAMES, "made up")
+    return data.Dataset("cifar100", test, test, CLASS_NAMES, "made up")
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,10 @@ def reported(tmp_path_factory):
     dataset = dataset_of(torch.from_numpy(labels))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_confusion", "draw_mistakes"):
-            draw = getattr(report, name)
-            patch.setattr(report, name, lambda figure, *content, draw=draw: (
+            draw = getattr(report.evaluation, name)
+            patch.setattr(report.evaluation, name, lambda figure, *content, draw=draw: (
                 figures.append(figure), draw(figure, *content)))
-        report.write_test_report(torch.from_numpy(logits), dataset, directory)
+        write_test_report(torch.from_numpy(logits), dataset, directory)
     exp = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     taken = logits.argmax(1)
     confusion = np.zeros((100, 100), int)
@@ -72,8 +74,8 @@ def test_the_report_has_accuracy_loss_confusion_and_pictures(reported):
 
 
 def test_the_report_has_every_superclass(reported):
-    groups = list(data.SUPERCLASSES)
-    group = np.array([groups.index(data.SUPERCLASS_OF[name]) for name in NAMES])
+    groups = list(SUPERCLASSES)
+    group = np.array([groups.index(SUPERCLASS_OF[name]) for name in NAMES])
     superclasses = reported.tables[1]
     assert sorted(row[0] for row in superclasses) == sorted(groups)
     for name, right_class, right_superclass in superclasses:
@@ -118,10 +120,10 @@ def test_the_report_has_the_expected_calibration_error(reported):
 def test_the_confusion_picture_puts_superclasses_side_by_side(reported):
     panel, scale = reported.figures[0].axes
     groups = [label.get_text() for label in panel.get_yticklabels()]
-    assert sorted(groups) == sorted(data.SUPERCLASSES)
+    assert sorted(groups) == sorted(SUPERCLASSES)
     assert [label.get_text() for label in panel.get_xticklabels()] == groups
     assert list(panel.get_xticks()) == list(panel.get_yticks()) == list(range(2, 100, 5))
-    order = [NAMES.index(name) for group in groups for name in data.SUPERCLASSES[group].split()]
+    order = [NAMES.index(name) for group in groups for name in SUPERCLASSES[group].split()]
     shares = 100 * reported.confusion / reported.confusion.sum(1, keepdims=True)
     np.testing.assert_allclose(panel.images[0].get_array(), shares[order][:, order])
     assert (panel.get_ylabel(), panel.get_xlabel()) == ("class", "taken for"), "a row is a class"
@@ -144,8 +146,8 @@ def test_the_sheet_shows_the_surest_mistakes_with_both_names(reported):
 def test_the_log_has_the_same_scores_and_names_the_files(tmp_path, drawn, caplog):
     logits, labels = map(torch.from_numpy, guesses(50))
     with caplog.at_level("INFO", "cifar100"):
-        report.write_test_report(logits, dataset_of(labels), tmp_path)
-    scores = report.score(logits, labels)
+        write_test_report(logits, dataset_of(labels), tmp_path)
+    scores = report.log.score(logits, labels)
     assert caplog.messages == [
         f"test loss {scores.loss:.3f} acc {scores.accuracy:.2%} top5 {scores.top5:.2%}  "
         "(50 cifar100 images)",
@@ -155,7 +157,7 @@ def test_the_log_has_the_same_scores_and_names_the_files(tmp_path, drawn, caplog
 
 def test_classes_without_images_or_mistakes_are_said_to_be_so(tmp_path, drawn):
     """Numbers that do not exist are not made up: neither 0/0, nor the first class by default."""
-    report.write_test_report(torch.eye(100)[[7]], dataset_of(torch.tensor([7])), tmp_path)
+    write_test_report(torch.eye(100)[[7]], dataset_of(torch.tensor([7])), tmp_path)
     text = (tmp_path / "test-report.md").read_text()
     _, superclasses, classes, *_ = tables(text)
     assert ["insects", "100.0%", "100.0%"] in superclasses and ["fish", "-", "-"] in superclasses
@@ -170,7 +172,7 @@ def test_without_matplotlib_the_report_has_no_pictures_and_no_old_ones(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "mistakes.png").touch()  # of an earlier model
     with caplog.at_level("INFO", "cifar100"):
-        report.write_test_report(torch.eye(100)[[7]], dataset_of(torch.tensor([8])), tmp_path)
+        write_test_report(torch.eye(100)[[7]], dataset_of(torch.tensor([8])), tmp_path)
     assert caplog.text.count("is not drawn") == 2
     assert caplog.messages[-1] == f"files      test-report.md, confusion.csv in {tmp_path}"
     assert "png" not in (tmp_path / "test-report.md").read_text()
@@ -179,5 +181,5 @@ def test_without_matplotlib_the_report_has_no_pictures_and_no_old_ones(
 def test_a_report_that_cannot_be_written_is_an_error_after_the_result(tmp_path, drawn, caplog):
     (tmp_path / "test-report.md").mkdir()
     with caplog.at_level("INFO", "cifar100"), pytest.raises(utils.UserError, match="be written"):
-        report.write_test_report(torch.eye(100)[[7]], dataset_of(torch.tensor([7])), tmp_path)
+        write_test_report(torch.eye(100)[[7]], dataset_of(torch.tensor([7])), tmp_path)
     assert "(1 cifar100 images)" in caplog.messages[-1]

@@ -13,8 +13,13 @@ import torch
 import torch._inductor.config
 from helpers import call, contents, equal
 
+import cifar100.unpickle
+import engine.flags
+import engine.process
+import engine.runtime
 import models
 import utils
+from engine.runtime import Runtime, choose_runtime
 from utils import DamagedFile, UserError
 
 CPU = torch.device("cpu")
@@ -38,7 +43,7 @@ SMALLER = "try a smaller --batch-size"
     (KeyboardInterrupt(), "interrupted", 130),
 ])
 def test_what_can_go_wrong_is_one_line_and_a_status(error, line, status):
-    assert utils.explain(error) == (line, status)
+    assert engine.process.explain(error) == (line, status)
 
 
 @pytest.mark.parametrize("flag", ["--eval-only", "--predict", "--predict=tiger.jpg"])
@@ -51,14 +56,14 @@ def test_what_can_go_wrong_is_one_line_and_a_status(error, line, status):
 def test_no_flag_of_training_is_advised_for_a_finished_model(
         monkeypatch, flag, error, line, status):
     monkeypatch.setattr(sys, "argv", ["train_resnet.py", flag])
-    assert utils.explain(error) == (line, status)
+    assert engine.process.explain(error) == (line, status)
 
 
 @pytest.mark.parametrize("error", [
     ZeroDivisionError(), torch.AcceleratorError("CUDA error: device-side assert triggered")])
 def test_a_fault_of_the_code_is_not_explained_away(error):
     with pytest.raises(type(error)):
-        utils.explain(error)
+        engine.process.explain(error)
 
 
 def stop() -> None:
@@ -67,7 +72,7 @@ def stop() -> None:
 
 
 def test_a_script_that_fails_prints_one_line_on_stderr_and_exits_with_its_status():
-    process = call(utils.run_script, stop)
+    process = call(engine.process.run_script, stop)
     assert (process.returncode, process.stdout) == (75, "")
     assert process.stderr.endswith(": stopped in epoch 1\n") and process.stderr.count("\n") == 1
 
@@ -75,25 +80,25 @@ def test_a_script_that_fails_prints_one_line_on_stderr_and_exits_with_its_status
 @pytest.mark.parametrize("kind, text, value", [
     (int, "1", 1), (int, "9", 9), (float, "1", 1.0), (float, "2.5e0", 2.5)])
 def test_a_number_within_its_bounds_is_read(kind, text, value):
-    number = utils.bounded(kind, 1, 9)(text)
+    number = engine.flags.bounded(kind, 1, 9)(text)
     assert number == value and type(number) is kind
 
 
 @pytest.mark.parametrize("text", ["0.99", "9.01", "nan", "inf", "-inf"])
 def test_a_number_outside_its_bounds_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not between 1 and 9"):
-        utils.bounded(float, 1, 9)(text)
+        engine.flags.bounded(float, 1, 9)(text)
 
 
 @pytest.mark.parametrize("maximum", [(9,), ()])
 def test_a_whole_number_beyond_all_floats_is_refused(maximum):
     with pytest.raises(argparse.ArgumentTypeError, match="is not between 0 and"):
-        utils.bounded(int, 0, *maximum)("9" * 400)
+        engine.flags.bounded(int, 0, *maximum)("9" * 400)
 
 
 @pytest.mark.parametrize("kind, text, name", [(int, "2.5", "whole number"), (float, "x", "number")])
 def test_what_is_no_number_is_named_as_argparse_does(kind, text, name):
-    convert = utils.bounded(kind, 1)
+    convert = engine.flags.bounded(kind, 1)
     assert convert.__name__ == name, "argparse prints: invalid ... value"
     with pytest.raises(ValueError, match=text):
         convert(text)
@@ -207,7 +212,7 @@ def test_a_damaged_or_unwanted_file_of_tensors_is_named(tmp_path, fault, says):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_pickle_gives_arrays_of_uint8_by_names_that_are_text(protocol):
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    loaded = utils.unpickle(pickle.dumps({b"data": array, "labels": [1, 2]}, protocol))
+    loaded = cifar100.unpickle.unpickle(pickle.dumps({b"data": array, "labels": [1, 2]}, protocol))
     assert list(loaded) == ["data", "labels"] and loaded["labels"] == [1, 2]
     assert np.array_equal(loaded["data"], array)
 
@@ -254,8 +259,8 @@ def gpu(monkeypatch):
 ])
 def test_each_gpu_generation_gets_what_it_computes_fast(gpu, capability, expected):
     gpu(*capability)
-    assert utils.choose_runtime("cuda", "auto", False).dtype == expected
-    assert utils.choose_runtime("cuda", "fp32", False).dtype == torch.float32
+    assert choose_runtime("cuda", "auto", False).dtype == expected
+    assert choose_runtime("cuda", "fp32", False).dtype == torch.float32
 
 
 @pytest.mark.parametrize("capabilities, precision", [
@@ -264,25 +269,25 @@ def test_each_gpu_generation_gets_what_it_computes_fast(gpu, capability, expecte
 ])
 def test_a_cpu_that_computes_in_bf16_does(monkeypatch, capabilities, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert utils.choose_runtime("cpu", "auto", False).dtype == precision
-    assert utils.choose_runtime("cpu", "fp32", False).dtype == torch.float32
+    assert choose_runtime("cpu", "auto", False).dtype == precision
+    assert choose_runtime("cpu", "fp32", False).dtype == torch.float32
 
 
 def test_nothing_is_compiled_unless_asked_for(gpu):
     gpu(8, 0)
-    assert [utils.choose_runtime("cuda", "auto", compile_model).compile
+    assert [choose_runtime("cuda", "auto", compile_model).compile
             for compile_model in (False, True)] == [False, True]
 
 
 def test_each_process_of_torchrun_gets_a_gpu_of_its_own(gpu, monkeypatch):
     """What torchrun says of the process is read when it is asked for, not at the import."""
-    assert (utils.launched(), utils.process_rank()) == (False, 0)
+    assert (engine.runtime.launched(), engine.runtime.process_rank()) == (False, 0)
     gpu(8, 0)
-    monkeypatch.setattr(utils, "join_ranks", lambda device: (5, 8))
+    monkeypatch.setattr(engine.runtime, "join_ranks", lambda device: (5, 8))
     for name, value in (("TORCHELASTIC_RUN_ID", "run"), ("RANK", "5"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert (utils.launched(), utils.process_rank()) == (True, 5)
-    runtime = utils.choose_runtime("cuda", "auto", False)
+    assert (engine.runtime.launched(), engine.runtime.process_rank()) == (True, 5)
+    runtime = choose_runtime("cuda", "auto", False)
     assert (str(runtime.device), runtime.rank, runtime.ranks) == ("cuda:1", 5, 8)
 
 
@@ -291,7 +296,7 @@ def test_under_torchrun_a_gpu_is_not_named(monkeypatch):
     for name, value in (("TORCHELASTIC_RUN_ID", "run"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(utils.UserError, match="--device cuda:1: torchrun gives each process a GPU"):
-        utils.choose_runtime("cuda:1", "auto", False)
+        choose_runtime("cuda:1", "auto", False)
 
 
 def test_the_gpu_is_chosen_before_it_is_used(monkeypatch):
@@ -299,12 +304,12 @@ def test_the_gpu_is_chosen_before_it_is_used(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(str(device)))
     monkeypatch.setattr(torch, "ones", lambda *_, **__: calls.append("used") or torch.zeros(1))
-    utils.find_device("cuda:1")
+    engine.runtime.find_device("cuda:1")
     assert calls == ["cuda:1", "used"]
 
 
 def test_a_cpu_may_have_a_number():
-    assert utils.find_device("cpu:0") == torch.device("cpu", 0)
+    assert engine.runtime.find_device("cpu:0") == torch.device("cpu", 0)
 
 
 TOO_OLD = ("The NVIDIA driver on your system is too old (found version 12020). Please update your "
@@ -319,9 +324,9 @@ def test_a_torch_too_new_for_the_gpu_is_told_with_its_remedy(monkeypatch, reason
 
     monkeypatch.setattr(torch, "ones", fail)
     with pytest.raises(utils.UserError) as caught:
-        utils.find_device("cuda")
+        engine.runtime.find_device("cuda")
     message = str(caught.value)
-    assert message.endswith("; install a torch for CUDA 12 (README.md, 'On a GPU'), or say "
+    assert message.endswith("; install a torch for CUDA 12 (README.md, 'Install'), or say "
                             "--device cpu")
     assert reason.partition("\n")[0][:60] in message and "\n" not in message
 
@@ -335,7 +340,7 @@ def test_by_default_a_gpu_with_an_old_driver_is_not_used_and_a_line_says_so(monk
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     with caplog.at_level("INFO"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert utils.find_device("auto") == CPU
+        assert engine.runtime.find_device("auto") == CPU
     (line,) = caplog.messages
     assert line.startswith("note       the GPU is not used (CUDA initialization: The NVIDIA driver")
     assert "install a torch for CUDA 12" in line and "\n" not in line
@@ -343,7 +348,7 @@ def test_by_default_a_gpu_with_an_old_driver_is_not_used_and_a_line_says_so(monk
 
 def test_on_cuda_kernels_are_deterministic(gpu):
     gpu(8, 0)
-    utils.choose_runtime("cuda", "auto", False)
+    choose_runtime("cuda", "auto", False)
     assert torch.backends.cudnn.deterministic
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
@@ -356,11 +361,11 @@ def compile_without_a_compiler(directory: str) -> None:
     def main():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
         torch._inductor.config.cpp.cxx = (None, f"{directory}/no compiler")
-        runtime = utils.Runtime(CPU, torch.float32, compile=True)
+        runtime = Runtime(CPU, torch.float32, compile=True)
         # A network of torch's own classes alone is left uncompiled by torch 2.10.
         runtime.place(models.BasicBlock(3, 4))(torch.ones(1, 3, 8, 8)).sum().backward()
 
-    utils.run_script(main)
+    engine.process.run_script(main)
 
 
 def test_a_compiler_that_fails_ends_compile_with_one_line(tmp_path):
@@ -370,9 +375,9 @@ def test_a_compiler_that_fails_ends_compile_with_one_line(tmp_path):
     assert process.stderr.endswith("; leave it out\n")
 
 
-@pytest.mark.parametrize("precision", utils.PRECISIONS)
+@pytest.mark.parametrize("precision", engine.runtime.PRECISIONS)
 def test_a_precision_sets_autocast_and_scaler(precision):
-    runtime = utils.Runtime(CPU, utils.PRECISIONS[precision])
+    runtime = Runtime(CPU, engine.runtime.PRECISIONS[precision])
     with runtime.autocast():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == runtime.dtype and runtime.precision == precision
@@ -390,10 +395,10 @@ def test_a_placed_model_keeps_its_state(runtime, compile_model):
 
 
 def test_a_runtime_says_what_it_is():
-    text = str(utils.Runtime(CPU, torch.bfloat16, compile=True, ranks=2))
+    text = str(Runtime(CPU, torch.bfloat16, compile=True, ranks=2))
     assert text == f"2 x CPU, {torch.get_num_threads()} threads, bfloat16, compiled"
 
 
 def test_the_peak_memory_counts_what_is_resident():
     block = np.ones(200 * 2**20, np.uint8)
-    assert 0.2 < utils.peak_memory(CPU) < 100, block.nbytes
+    assert 0.2 < engine.runtime.peak_memory(CPU) < 100, block.nbytes

@@ -1,0 +1,83 @@
+"""Download the official archive: by one process at a time, resumed, and checked by its md5."""
+
+import http.client
+import os
+import time
+import urllib.request
+from pathlib import Path
+
+from torchvision.datasets.utils import calculate_md5
+from tqdm import tqdm
+
+from cifar100.formats import OFFICIAL_MD5, find
+from utils import guard, log, try_lock
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+WAYS_OUT = (". Three ways out: put cifar-100-python.tar.gz (or the binary version or an HDF5 file) "
+            "there; name a mirror with --data-url; or try made-up images with --dataset synthetic")
+RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as long each time
+
+
+def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
+    """Download an official archive into `data_dir` and return its path.
+
+    One process at a time downloads, the others wait for it. A broken transfer is resumed, in this
+    run and in the next. Raises UserError if the download is not `allowed`, fails, or gives a file
+    of another md5.
+    """
+    note = "" if data_dir.exists() else ", which did not exist"
+    partial = data_dir / "cifar-100.tar.gz.part"
+    names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
+    with guard(f"CIFAR-100 is not in {data_dir}, and was not downloaded from {url}",
+               (OSError, ValueError, http.client.HTTPException), WAYS_OUT):
+        if not allowed:
+            raise OSError("--no-download forbids it")
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with open(data_dir / ".cifar-100.lock", "w") as lock:
+            if not try_lock(lock):
+                log.info(f"download   waiting for another process, which holds {lock.name}")
+                while not try_lock(lock):
+                    time.sleep(0.1)
+            if found := find(data_dir):
+                return found
+            log.info(f"download   {url} to {data_dir.resolve()}{note}")
+            # What is there may be a part of another file: then start afresh, once.
+            for _ in range(2 if partial.exists() else 1):
+                _complete(partial, url)
+                md5 = calculate_md5(partial)
+                if md5 in names:
+                    return partial.replace(data_dir / names[md5])
+                partial.unlink()
+            raise OSError(f"its md5 sum, {md5}, is not official")
+
+
+def _complete(partial: Path, url: str) -> None:
+    """Transfer the rest of `partial`; a broken connection or a busy server is tried again."""
+    for attempt in range(5):
+        try:
+            return _append(partial, url)
+        except (OSError, http.client.HTTPException) as error:
+            status = getattr(error, "code", 500)
+            if status == 416:  # range not satisfiable: everything is here already
+                return
+            if attempt == 4 or (status < 500 and status not in (408, 429)):
+                raise
+            log.info(f"download   broke off ({error}), trying again")
+            time.sleep(RETRY_SECONDS * 2**attempt)
+
+
+def _append(partial: Path, url: str) -> None:
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as response:  # seconds without a byte
+        if response.status != 206:  # the server does not resume
+            have = 0
+        total = have + int(response.headers.get("Content-Length") or 0)
+        # A terminal gets a moving bar, a batch log a line a minute.
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True,
+                   mininterval=0.1 if os.isatty(2) else 60)
+        with open(partial, "ab" if have else "wb") as file, bar:
+            while chunk := response.read(2**18):
+                bar.update(file.write(chunk))
+    if total and partial.stat().st_size < total:
+        raise OSError(f"connection closed after {partial.stat().st_size:,} of {total:,} bytes")

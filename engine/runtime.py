@@ -1,0 +1,212 @@
+"""Where and how to compute: the device, the precision, and the processes of torchrun."""
+
+import ctypes
+import datetime
+import math
+import os
+import platform
+import re
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from utils import UserError, log, one_line
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# A rank with at least so many images has a batch norm of its own, Wu & He 2018, arXiv:1803.08494.
+FEW_IMAGES = 32
+
+
+class Runtime(NamedTuple):
+    """Where and how to compute, and this process's `rank` among the `ranks` of torchrun."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the autocast operations; float32 switches autocast off
+    compile: bool = False
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def precision(self) -> str:
+        """The name of `dtype` on the command line: fp32, bf16 or fp16."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context manager for the forward pass."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return a gradient scaler, which does nothing unless the precision is fp16."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def place(self, model: nn.Module, batch_size: int = 0) -> nn.Module:
+        """Move `model` to the device, and compile it in place; its state_dict stays the same.
+
+        Batch norm uses each rank's own images, if its share of `batch_size` is large enough.
+        """
+        # SyncBatchNorm, made in place, waits for the device three times a layer, so it is used
+        # only if a rank has few images. The CPU does not have it.
+        is_few = self.ranks > 1 and 0 < batch_size < FEW_IMAGES * self.ranks
+        if self.device.type == "cuda" and is_few:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Batch norms count their batches: on the host, without a kernel, unless compiled.
+        counters = [(module, module.num_batches_tracked) for module in model.modules()
+                    if hasattr(module, "num_batches_tracked")]
+        model.to(self.device, memory_format=torch.channels_last)
+        if self.compile:
+            model.compile(dynamic=False)
+        else:
+            for module, counter in counters:
+                module.num_batches_tracked = counter
+        return model
+
+    def reduce(self, values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
+        """Return `values` reduced over the ranks, in float64 on the CPU; all ranks must call it."""
+        values = values.cpu().double()
+        if self.ranks > 1:
+            dist.all_reduce(values, getattr(dist.ReduceOp, operation))
+        return values
+
+    def gather(self, value: Any) -> list:  # noqa: ANN401
+        """Return the `value` of each rank; all ranks must call it."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:  # noqa: ANN401
+        """Return the `value` of rank 0, for which the others wait."""
+        values = [value]
+        if self.ranks > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def __str__(self) -> str:
+        name = str(self.device)
+        if self.device.type == "cpu":
+            name = f"CPU, {torch.get_num_threads()} threads"
+        elif self.device.type == "cuda":
+            name += f" ({torch.cuda.get_device_name(self.device)})"
+        ranks = f"{self.ranks} x " if self.ranks > 1 else ""
+        compiled = ", compiled" if self.compile else ""
+        return f"{ranks}{name}, {str(self.dtype).removeprefix('torch.')}{compiled}"
+
+
+def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
+    """Set up this process for these flags and return its Runtime; raises UserError.
+
+    CUDA then computes the same bits each time, so that a resumed run ends as it would have.
+    """
+    device = find_device(device)
+    dtype = fastest_dtype(device) if precision == "auto" else PRECISIONS[precision]
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        # cuBLAS reads it when it starts; torch asks for it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # An operation without a deterministic kernel warns instead of failing. The compiler no
+        # longer chooses the kernels of reductions by timing them.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_float32_matmul_precision("high")  # TF32, where the chip has it
+    return Runtime(device, dtype, compile_model, *join_ranks(device))
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of this process that --device names; raises UserError if it is missing."""
+    if name == "auto":
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if caught:
+            reason = one_line(caught[0].message)
+            log.info(f"note       the GPU is not used ({reason[:200]}){_remedy(reason)}")
+    if name.startswith("cuda:") and launched():
+        raise UserError(f"--device {name}: torchrun gives each process a GPU; say --device cuda")
+    if name == "cuda" and launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            # First of all, or each process would take memory of the first GPU, too.
+            torch.cuda.set_device(device)
+        # This fails on a chip that this PyTorch does not support.
+        torch.ones(1, device=device).sum().item()
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        remedy = _remedy(reason) or "; try --device cpu"
+        raise UserError(f"--device {name}: is not available ({reason}){remedy}") from error
+
+
+def _remedy(reason: str) -> str:
+    """Return advice if torch is too new for the GPU or its driver, else an empty string."""
+    if re.search("driver.* too old|no kernel image", reason):
+        return "; install a torch for CUDA 12 (README.md, 'Install'), or say --device cpu"
+    return ""
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """Return the precision that the chip computes fastest in, as far as torch can tell."""
+    if device.type == "cuda":
+        # The A100, of compute capability 8.0, was the first to compute in bf16.
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    # torch 2.10 does not tell what the CPU can do.
+    abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    has_bf16 = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def launched() -> bool:
+    """Return whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def process_rank() -> int:
+    """Return the rank of this process, also before there is a Runtime that knows it."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def join_ranks(device: torch.device) -> tuple[int, int]:
+    """Join the other processes of torchrun; return (rank, ranks), which is (0, 1) without it."""
+    if not launched():
+        return 0, 1
+    # torchrun itself leaves one thread to each process. This is Linux only.
+    if device.type == "cpu" and hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    # gloo beside NCCL: what the hosts agree on does not wait for the devices. A node that is gone
+    # is noticed after this time at the latest; torchrun notices at once when a process dies.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(minutes=10))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep big blocks for reuse rather than return them to the system at every free.
+
+    At 224 x 224 the page faults cost as much as the convolutions. See mallopt(3).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the peak memory in GB, allocated on CUDA, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes: macOS counts them, others count KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

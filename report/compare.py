@@ -1,0 +1,103 @@
+"""Compare runs: means over their seeds, a table of all, and one picture of their curves.
+
+    python -m report.compare output/train_resnet-seed* --output-dir output
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+from pathlib import Path
+
+from report.curves import draw_curves
+from report.log import files_line
+from report.runs import NUMBERS_NOTE, SUMMARY, RunRecord, differences, group_runs, read_run, summary
+from report.write import markdown_table, write_picture, write_text
+from utils import UserError, guard, log, one_line
+
+COMPARISON = ("comparison.md", "comparison.png")
+MEANS_NOTE = "Means over n finished runs, in parentheses the sample standard deviation (n - 1):"
+MEANS = {"test accuracy": "test_acc", "test top-5": "test_top5", "val accuracy": "val_acc",
+         "val top-5": "val_top5"}
+
+
+def compare(directories: list[Path], into: Path) -> None:
+    """Write comparison.md and .png of these runs, and log means over seeds; raises UserError."""
+    records, unread = [], []
+    for directory in dict.fromkeys(directories):
+        try:
+            records.append(read_run(directory))
+        except UserError as error:
+            unread.append(one_line(error))
+    if not records:
+        raise UserError("; ".join(unread))
+    groups = group_runs(records)
+    notes = [f"warning    {error}" for error in unread] + _notes(records, groups)
+    means = {label: _means(group) for label, group in groups.items()}
+    text_file, picture = (into / name for name in COMPARISON)
+    with guard(f"--output-dir {into}: cannot be written", OSError):
+        into.mkdir(parents=True, exist_ok=True)
+        text = NUMBERS_NOTE + "".join(f"{one_line(note)}\n\n" for note in notes)
+        text += markdown_table(SUMMARY, map(summary, records))
+        text += write_picture(picture, "", draw_curves, groups) + f"{MEANS_NOTE}\n\n"
+        rows = [(label, *cells.values()) for label, cells in means.items()]
+        write_text(text_file, text + markdown_table(("runs", "n", *MEANS), rows))
+    for line in (*notes, MEANS_NOTE):
+        log.info(line)
+    for label, cells in means.items():
+        known = [f"{name} {cell}" for name, cell in cells.items() if cell != "-"]
+        log.info(f"{label}: {', '.join(known)}")
+    log.info(files_line(into, COMPARISON))
+
+
+def _means(group: list[RunRecord]) -> dict[str, str]:
+    """Return the number of finished runs, and their mean accuracies, by column of the table."""
+    last = [record.history[-1] for record in group]
+    last = [row for row in last if row["epoch"] == row["epochs"]]
+    cells = {"n": str(len(last))}
+    for name, column in MEANS.items():
+        values = [row[column] for row in last if column in row]
+        cells[name] = f"{statistics.mean(values):.2%}" if values else "-"
+        if len(values) > 1:
+            cells[name] += f" ({statistics.stdev(values):.2%})"
+    return cells
+
+
+def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list[str]:
+    """Return a line on each group that has a seed twice, or other code, network or images."""
+    notes = []
+    for label, group in groups.items():
+        seeds = [str(record.config["settings"]["seed"]) for record in group]
+        same = [f"seed {seed} in {record.directory}"
+                for seed, record in zip(seeds, group, strict=True) if seeds.count(seed) > 1]
+        if same:
+            notes.append(f"warning    {label}: runs that are not independent: {', '.join(same)}")
+        kinds = [name for name in differences(group[0], records) if not name.startswith("--")]
+        if kinds:
+            runs = ", ".join(str(record.directory) for record in group)
+            notes.append(f"note       {label}: kept apart from runs of other "
+                         f"{' and '.join(kinds)}: {runs}")
+    return notes
+
+
+def main() -> None:
+    """Read the command line and compare; bad input is one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m report.compare", description=__doc__.partition("\n")[0], epilog="Runs that "
+        "differ in the seed alone become one curve: their mean and range. Runs of other code, "
+        "networks or images are kept apart.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directories")
+    parser.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR",
+                        help="where comparison.md and comparison.png go (default: output)")
+    args = parser.parse_args()
+    log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(logging.INFO)
+    try:
+        compare(args.runs, args.output_dir)
+    except UserError as error:
+        print(f"report.compare: {one_line(error)}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The files of a run, the identity of its code, and which runs belong together."""
+
+import csv
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from report.log import duration, verdict
+from report.write import csv_table, write_text
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+# Texts for settings in a legend. Other settings are called by the name of their flag.
+LEGEND = {
+    "epochs": "{} epochs", "max_steps": "{} steps", "batch_size": "batch size {}",
+    "lr": "learning rate {}", "val_size": "{} images held out", "image_size": "{} pixels",
+    "low_res": "{} of the epochs at low resolution", "precision": "{}", "dataset": "{} images"}
+
+SUMMARY = ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
+           "test loss", "verdict", "time", "training images/s")
+NUMBERS_NOTE = "Numbers are those of the last epoch, not of the best.\n\n"
+
+
+class RunRecord(NamedTuple):
+    """One run: its directory, its config.json, and the rows of metrics.csv, as numbers."""
+
+    directory: Path
+    config: dict
+    history: list[dict]
+
+
+def describe_code() -> dict:
+    """Return the git commit of the project, if any, and a hash of its modules in this process."""
+    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
+             if getattr(module, "__file__", None)}
+    own = sorted(file for file in files if file.is_relative_to(ROOT) and file.is_file()
+                 and not {"tests", "site-packages"} & set(file.relative_to(ROOT).parts))
+    # The script may lie elsewhere.
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    sources = sorted({*own, Path(script).resolve()}) if script else own
+    modules = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *own]
+    try:
+        commit, changes = (subprocess.run(["git", "-C", ROOT, *command], capture_output=True,
+                                          check=True, text=True).stdout for command in commands)
+    except (OSError, subprocess.SubprocessError):
+        commit = changes = ""  # no git, or no checkout
+    return {"commit": commit[:12], "changed": bool(changes), "modules": modules[:12]}
+
+
+def name_of_code(code: dict | None) -> str:
+    """Return the name of the code that `describe_code` described, for a log or a legend."""
+    if not code:
+        return "unknown code"
+    words = "changed code of" if code["changed"] else "code"
+    return f"{words} {code['commit'][:7] or code['modules']}"
+
+
+def code_has_changed(before: dict | None, now: dict) -> str:
+    """Return a note if `before`, the code of a run or a model, is not today's, else ""."""
+    if before and before["modules"].endswith(now["modules"]):
+        return ""
+    was, is_now = (f"{name_of_code(code)} ({code['modules']})" if code else "unknown code"
+                   for code in (before, now))
+    return f"note       the code has changed since: it was {was}, and is {is_now}"
+
+
+def read_config(directory: Path) -> dict:
+    """Return a run's config.json; raises UserError if it is missing or not whole."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        config["script"], config["settings"] = str(config["script"]), dict(config["settings"])
+        return config
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: cannot be used ({type(error).__name__}: {error})") from error
+
+
+def write_metrics(directory: Path, history: list[dict]) -> None:
+    """Write metrics.csv, a row an epoch, the floats to six digits; raises OSError."""
+    if history:
+        rows = [[f"{row[name]:.6g}" if isinstance(row[name], float) else row[name]
+                 for name in history[0]] for row in history]
+        write_text(directory / "metrics.csv", csv_table(history[0], rows))
+
+
+def read_run(directory: Path) -> RunRecord:
+    """Read a run's files; raises UserError if there is no finished epoch."""
+    try:
+        with open(directory / "metrics.csv", newline="") as file:
+            history = [{name: float(value) for name, value in row.items() if name != "dataset"}
+                       for row in csv.DictReader(file)]
+        record = RunRecord(directory, read_config(directory), history)
+        # Fail here, before anything is written, if something is missing.
+        summary(record)
+        group_runs([record])
+        return record
+    except Exception as error:  # what is no run can raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{directory}: holds no run with a finished epoch, or one of older code "
+                        f"({reason})") from error
+
+
+def summary(record: RunRecord) -> tuple:
+    """Return a run's cells for the columns SUMMARY; the numbers are those of the last epoch."""
+    last = record.history[-1]
+    return (record.directory, record.config["settings"]["seed"],
+            f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['train_acc']:.2%}",
+            f"{last['val_acc']:.2%}" if "val_acc" in last else "-",
+            f"{last['test_acc']:.2%}", f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
+            verdict(last["test_acc"], record.config["required_accuracy"]),
+            duration(sum(row["seconds"] for row in record.history)),
+            f"{statistics.harmonic_mean(row['images_per_second'] for row in record.history):.0f}")
+
+
+def group_runs(records: list[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Group the runs that differ only in the seed; keys name the script and what differs."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        label = ", ".join([record.config["script"], *differences(record, records).values()])
+        groups.setdefault(label, []).append(record)
+    return groups
+
+
+def differences(record: RunRecord, records: list[RunRecord]) -> dict[str, str]:
+    """Describe how a run differs from the script's other runs, ignoring the seed."""
+    others = [_identity(other.config) for other in records
+              if other.config["script"] == record.config["script"]]
+    differences = {}
+    for name, (value, words) in _identity(record.config).items():
+        theirs = [other.get(name, (None, None)) for other in others]
+        rivals = {other_words for other, other_words in theirs if other != value}
+        if rivals:
+            # Two versions of changed code have the same words.
+            differences[name] = f"{words} ({value})" if words in rivals else words
+    return differences
+
+
+def _identity(config: dict) -> dict[str, tuple[object, str]]:
+    """Return what runs must agree in to be averaged: by name, the value and the legend's text."""
+    identity, code, network = {}, config["code"], config["network"]
+    # A resumed run may omit --weights, so it is not in the recipe, but it makes another network.
+    for name in (*config["recipe"], "weights"):
+        value = config["settings"].get(name)
+        if value is not None and name != "seed":
+            words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
+            identity[f"--{name}"] = value, words
+    layers = f"{zlib.crc32(repr(network).encode()):08x}"
+    return identity | {
+        "code": (code["modules"], name_of_code(code)),
+        "network": (layers, f"{network['name']} of {network['parameters']:,} parameters"),
+        "images": (config["data"], f"images {config['data']:08x}")}
