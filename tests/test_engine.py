@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import engine.loop
 import engine.optim
+import engine.runtime
 import models
 from cifar100.classes import CLASS_NAMES
 from engine.checkpoint import Position
@@ -320,6 +321,19 @@ def test_a_step_that_overflows_in_fp16_changes_nothing(name, parse):
     assert not any(state.get("momentum_buffer") is not None for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize("precision", engine.runtime.PRECISIONS)
+def test_an_evaluation_gives_logits_in_float32_and_keeps_no_graph(runtime, precision):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 100)).train()
+    batches = data.Batches(data.synthetic(1, 1).test, 40, data.CIFAR100_STATS, runtime)
+    logits, labels = engine.loop.infer(model, batches, runtime._replace(
+        dtype=engine.runtime.PRECISIONS[precision]))
+    assert (logits.dtype, logits.shape) == (torch.float32, (100, 100))
+    assert not logits.requires_grad and torch.equal(labels, torch.arange(100))
+    rounded = {name for name in ("bf16", "fp16")
+               if torch.equal(logits, logits.to(engine.runtime.PRECISIONS[name]).float())}
+    assert rounded == {precision} - {"fp32"}, "they were computed in that precision"
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
 def test_evaluation_counts_every_image_once(runtime, batch_size):
     torch.manual_seed(0)
@@ -334,30 +348,6 @@ def test_evaluation_counts_every_image_once(runtime, batch_size):
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     counts = result.accuracy * 100, result.top5 * 100, result.images
     assert counts == pytest.approx((int((ranks < 1).sum()), int((ranks < 5).sum()), 100))
-
-
-class Started(Exception):
-    """Ends a script where its training would begin; tells the sizes of the training images."""
-
-
-@pytest.mark.parametrize("name, flags, epochs, low_res", [
-    ("train_resnet", [], 3, 0), ("train_resnet", [], 5, 1), ("train_resnet", [], 30, 9),
-    ("train_resnet", ["--low-res", 0.58], 50, 29),
-    ("finetune_resnet18", [], 1, 0), ("finetune_resnet18", [], 2, 1),
-    ("finetune_resnet18", [], 4, 2),
-])
-def test_a_run_of_any_length_ends_at_full_size(name, flags, epochs, low_res, parse, monkeypatch):
-    def start(_run, _model, _optimizer, _schedule, sizes, _augment):
-        raise Started(sizes)
-
-    monkeypatch.setattr(Run, "start", start)
-    monkeypatch.setattr(data, "load", lambda *_: data.synthetic(1, 1))
-    weights = ["--weights", "random"] if name == "finetune_resnet18" else []
-    script, _ = parse(name, *flags, *weights, "--epochs", epochs, "--device", "cpu")
-    with pytest.raises(Started) as caught:
-        script.main()
-    _, low, full = PARTS[name]
-    assert caught.value.args == ([low] * low_res + [full] * (epochs - low_res),)
 
 
 def test_the_eta_knows_small_images_short_epochs_and_evaluations(runtime, make_run, monkeypatch):

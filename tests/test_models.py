@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from helpers import SHARED, needs_weights
 from torch import nn
@@ -60,6 +61,49 @@ def test_a_block_has_no_relu_after_the_addition():
     assert torch.equal(block(x), x)
 
 
+def network_of_figure_1(state: dict, x: torch.Tensor, is_training: bool) -> torch.Tensor:
+    """Compute the logits step by step; batch norm in training uses the batch's own statistics."""
+    def convolve(x, name, stride=1):
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def normalise(x, name):
+        mean, variance, weight, bias = (state[f"{name}.{part}"].clone() for part in (
+            "running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, variance, weight, bias, is_training)
+
+    x = normalise(convolve(x, "conv1"), "bn1").relu()
+    for stage, blocks, first_stride in (("conv2_x", 2, 1), ("conv3_x", 4, 2), ("conv4_x", 4, 2),
+                                        ("conv5_x", 2, 2)):
+        for number in range(blocks):
+            block, stride = f"{stage}.{number}", 1 if number else first_stride
+            short_cut = x
+            if stride == 2:
+                short_cut = normalise(convolve(x, f"{block}.shortcut.0", 2), f"{block}.shortcut.1")
+            x = normalise(convolve(x, f"{block}.conv1", stride), f"{block}.bn1").relu()
+            x = normalise(convolve(x, f"{block}.conv2"), f"{block}.bn2") + short_cut
+    return x.flatten(2).max(2).values @ state["fc.weight"].T + state["fc.bias"]
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_the_network_computes_what_the_figures_show(is_training):
+    torch.manual_seed(0)
+    model, images = ResNet().train(is_training), torch.randn(4, 3, 32, 32)
+    for name, value in model.state_dict().items():
+        if "bn" in name or "shortcut.1" in name:
+            value.copy_(torch.rand(value.shape) + 0.5)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    pooled = {}
+    model.conv5_x.register_forward_hook(lambda module, inputs, output: pooled.update(maps=output))
+    model.fc.register_forward_hook(
+        lambda module, inputs, output: pooled.update(features=inputs[0]))
+    with torch.no_grad():
+        logits = model(images)
+    expected = network_of_figure_1(state, images, is_training)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+    torch.testing.assert_close(pooled["features"], pooled["maps"].amax((2, 3)))
+
+
 def test_the_stride_sits_in_the_first_convolution_of_the_first_block():
     for name, stride in (("conv2_x", 1), ("conv3_x", 2), ("conv4_x", 2), ("conv5_x", 2)):
         first, *others = getattr(ResNet(), name)
@@ -101,6 +145,16 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(image), model(image))
     model.eval()
     assert torch.equal(model(image), model(image))
+
+
+def test_dropout_zeroes_single_outputs_of_conv1_with_its_probability():
+    model, seen = ResNet(dropout=0.25), []
+    model.bn1.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
+    model.conv2_x.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model(torch.randn(2, 3, 32, 32))
+    (x,) = seen
+    assert (x == 0).float().mean((2, 3)).sub(0.25).abs().max() < 0.1, "in each map alike"
+    assert x.unique().tolist() == pytest.approx([0, 4 / 3])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (20, 20), (33, 47)])

@@ -21,6 +21,21 @@ def test_orthogonalized_matrices_have_singular_values_near_1(shape):
     torch.testing.assert_close(product, diagonal, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pad", [False, True])
+def test_muon_steps_as_far_in_all_directions_whatever_the_shape(pad):
+    # Matrices of more, as many, and fewer rows than columns.
+    torch.manual_seed(0)
+    shapes = [(64, 8, 1, 1), (32, 32, 1, 1), (8, 64, 1, 1), (64, 3, 3, 3), (8, 8, 3, 3)]
+    weights = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    optimizer = Muon([{"params": weights, "muon": 0.9, "lr": 0.1}], torch.float32, pad)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    for weight in weights:
+        lengths = torch.linalg.svdvals(weight.detach().flatten(1)) / 0.1
+        assert lengths.min() > 0.5 and lengths.max() < 1.3, weight.shape
+
+
 def test_muon_takes_the_steps_of_torchs_own():
     """Which takes matrices alone, and computes in bf16."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import importlib
+import json
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import ROOT, call, result, run_script, script, without_pictures
+from tiny import SCRIPTS, Watched, noise, train
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -387,3 +389,63 @@ def test_a_mistake_of_one_rank_is_told_by_it_and_what_befalls_all_by_rank_0():
         # torchrun takes any other status for a failure.
         assert process.returncode == (0 if status == utils.STOPPED else status)
         assert process.stderr.endswith("(rank 1): a mistake\n" if rank else ": a mistake\n") == says
+
+
+# Three batches of five images, shared by 3 and 2, and one of a single image for all.
+TINY = ["--batch-size", 5, "--epochs", 2, "--label-smoothing", 0.2, "--seed", 3,
+        "--checkpoint-minutes", 0]
+
+
+def train_tiny(name: str, directory: Path, *flags, act=None) -> Watched:
+    """Train a network without batch norm by a script on 16 images."""
+    size = ["--image-size", 64] if name == "finetune_resnet18" else []
+    return train(name, noise(16), directory, *size, *TINY, "--precision", "fp32", *flags, act=act)
+
+
+def stop_at(step: int, run: Watched) -> None:
+    """Stop a run after a step by a signal to the last of its processes."""
+    is_last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+    if len(run.trained) == step and is_last:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def train_parts_in_ranks(path: Path) -> None:
+    """By each script do a whole run, stop one, and go on with one; print the whole one's seeds."""
+    signal.alarm(120)  # seconds; ends a rank that waits for the other in vain
+    choose_cpu()
+    dist.init_process_group = lambda *_, **__: None  # the ranks have joined, for all runs
+    seeds = {}
+    for name in SCRIPTS:
+        for part, flags, act in (("whole", [], None), ("two then one", [], 2),
+                                 ("one then two", ["--resume"], None)):
+            act = functools.partial(stop_at, act) if act else None
+            run = train_tiny(name, path / f"{name} {part}", *flags, act=act)
+            assert run.status == (utils.STOPPED if act else 0), run.message
+            if part == "whole":
+                seeds[name] = [shown.seed for shown in run.trained]
+    print(json.dumps(seeds))
+
+
+def test_a_script_trains_alike_in_one_process_and_in_two_also_if_their_number_changes(tmp_path):
+    for name in SCRIPTS:
+        assert train_tiny(name, tmp_path / name).status == 0
+        stopped = train_tiny(name, tmp_path / f"{name} one then two",
+                             act=functools.partial(stop_at, 2))
+        assert stopped.status == utils.STOPPED
+    processes = in_ranks(2, train_parts_in_ranks, tmp_path)
+    for name in SCRIPTS:
+        resumed = train_tiny(name, tmp_path / f"{name} two then one", "--resume")
+        assert (resumed.status, resumed.drawn[0]["start"]) == (0, 2)
+        alone = Watched(tmp_path / name)
+        weights = utils.load_tensors(tmp_path / name / "model.pt")
+        for part in ("whole", "two then one", "one then two"):
+            other = Watched(tmp_path / f"{name} {part}")
+            for row, expected in zip(other.rows(), alone.rows(), strict=True):
+                for column in ("train_loss", "train_acc", "test_loss", "test_acc", "lr"):
+                    assert row[column] == pytest.approx(expected[column], rel=1e-4), part
+            for key, value in utils.load_tensors(other.output_dir / "model.pt").items():
+                torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-5)
+        # Two epochs of four steps on each of two ranks.
+        seeds = [json.loads(process.stdout)[name] for process in processes]
+        assert [len(of_rank) for of_rank in seeds] == [8, 8]
+        assert len({seed for of_rank in seeds for seed in of_rank}) == 4, "dropout differs"

@@ -15,6 +15,7 @@ import pytest
 import torch
 from faults import at_batch, kill, kill_at_write, limit_files, spoil
 from helpers import call, contents, equal, result, script, without_pictures, write_binary
+from tiny import SCRIPTS, noise, train
 
 import engine.checkpoint
 import engine.run
@@ -460,3 +461,102 @@ def test_two_processes_cannot_work_on_one_run(whole, stopped):
     process = whole("train_resnet").script(stopped, before=functools.partial(hold, stopped))
     assert process.returncode == 2
     assert process.stderr.endswith("another process is at work on this run\n")
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A function that runs a script for six steps of two images, and saves after each step."""
+    def run(name, act, *flags):
+        size = ["--image-size", "32"] if name == "finetune_resnet18" else []
+        return train(name, noise(12), tmp_path, *size, *EVERY_STEP, "--batch-size", 2,
+                     "--epochs", 1, *flags, act=act)
+
+    return run
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_save_puts_a_loss_that_is_not_finite_over_a_good_checkpoint(
+        tiny_run, tmp_path, name, by_signal):
+    before = {}
+
+    def diverge(run):
+        if len(run.trained) < 5:
+            return 0
+        before.update(contents(tmp_path))
+        if by_signal:
+            signal.raise_signal(signal.SIGTERM)
+        return math.nan
+
+    run = tiny_run(name, diverge)
+    assert (run.status, len(run.trained)) == (1, 5) and "not finite by step 5" in run.message
+    assert set(engine.checkpoint.CHECKPOINTS) < set(before) and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_loss_that_is_not_finite_ends_the_run_within_25_steps(tmp_path, name):
+    size = ["--image-size", "32"] if name == "finetune_resnet18" else []
+    run = train(name, noise(80), tmp_path, *size, "--batch-size", 2, "--epochs", 1,
+                act=lambda run: math.nan if len(run.trained) == 3 else 0)
+    assert (run.status, len(run.trained)) == (1, 25) and "not finite by step 25" in run.message
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_of_16_bits_goes_on_with_its_optimizer_schedule_and_scale(tmp_path, name, precision):
+    size = ["--image-size", "32"] if name == "finetune_resnet18" else []
+    flags = [*size, "--batch-size", 2, "--epochs", 1, "--precision", precision]
+    whole, chain = (tmp_path / part for part in ("whole", "chain"))
+    train(name, noise(12), whole, *flags)
+    assert train(name, noise(12), chain, *flags, "--max-minutes", 0.001).status == utils.STOPPED
+    assert train(name, noise(12), chain, *flags, "--resume").status == 0
+    one, other = (utils.load_tensors(path / "checkpoint.pt") for path in (whole, chain))
+    for part in ("model", "optimizer", "scheduler", "scaler"):
+        assert equal(one[part], other[part]), part
+    assert bool(one["scaler"]) == (precision == "fp16")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_save_after_a_damaged_checkpoint_keeps_the_good_one(tiny_run, tmp_path, name):
+    def stop(run):
+        if len(run.trained) == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert tiny_run(name, stop).status == utils.STOPPED
+    spoil(tmp_path / "checkpoint.pt", "flipped")
+    steps = []
+
+    def look(run):
+        if len(run.trained) == 1:
+            steps.extend(utils.load_tensors(tmp_path / file)["position"]["step"]
+                         for file in engine.checkpoint.CHECKPOINTS)
+
+    assert tiny_run(name, look, "--resume").status == 0
+    assert steps == [2, 2], "the save before the first step left both whole"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_other_process_gets_at_a_run_while_it_trains(tiny_run, tmp_path, name):
+    free = []
+
+    def try_to_lock(run):
+        with open(tmp_path / ".lock") as file:
+            free.append(utils.try_lock(file))
+
+    assert tiny_run(name, try_to_lock).status == 0
+    assert free == [False] * 7, "in six steps and the evaluation"
+
+
+def stop_while_loading(number: int) -> None:
+    """Have a signal come when the seed is set, before there is a network."""
+    torch.manual_seed = lambda _: signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("name, number", [
+    ("train_resnet", signal.SIGTERM), ("finetune_resnet18", signal.SIGUSR2)])
+def test_a_job_that_is_stopped_before_its_first_step_goes_on_later(tmp_path, name, number):
+    process = script(name, *SMALL[name], "--dataset", "synthetic", "--device", "cpu",
+                     "--output-dir", tmp_path / "run",
+                     before=functools.partial(stop_while_loading, number))
+    assert (process.returncode, process.stderr.count("\n")) == (utils.STOPPED, 1)
+    assert f"{number.name}: stopped before the first step; start the same" in process.stderr

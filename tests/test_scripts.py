@@ -174,7 +174,8 @@ def test_regularisation_changes_what_is_learnt(small, tmp_path, name, flag, valu
                          before=without_pictures)
         assert (process.returncode, process.stderr) == (0, "")
         heads.append(torch.load(output_dir / "model.pt")["fc.weight"])
-    assert not torch.equal(*heads)
+    # Rounding differs by less than a thousandth of that.
+    assert (heads[0] - heads[1]).abs().max() > 1e-4
 
 
 def test_a_finished_run_is_not_trained_again(finished):
