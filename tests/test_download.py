@@ -55,8 +55,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_directory_that_did_not_exist_is_told_before_a_byte_is_fetched(tmp_path, caplog):
+def test_a_directory_that_did_not_exist_is_told_before_a_byte_is_fetched(
+        tmp_path, caplog, monkeypatch):
     """The path may be mistyped."""
+    monkeypatch.setattr(cifar100.download, "RETRY_SECONDS", 0)
     caplog.set_level("INFO")
     with pytest.raises(UserError):
         data.load("cifar100", tmp_path / "typo", "file:///nowhere/cifar-100-python.tar.gz")

@@ -127,7 +127,7 @@ BY_SGD = {
                           {"params": ["fc.weight", "fc.bias"], "lr": 3.0, "weight_decay": 0.02}]}
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 0.05), ("fp16", 0.01)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 5e-4), ("bf16", 0.05), ("fp16", 0.01)])
 @both
 def test_a_run_by_sgd_is_the_loop_that_people_write_in_any_precision(
         name, precision, tolerance, tmp_path):
