@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-import cifar100.synthetic
 from cifar100.classes import CLASSES
 from cifar100.download import URL, fetch
-from cifar100.formats import HDF5_SUFFIXES, find, read
+from cifar100.formats import find, read
+from cifar100.synthetic import NAMES, draw
 from utils import UserError, guard
 
-# Mean and standard deviation of the channels, pixels scaled to 0..1.
-Stats = tuple[tuple[float, ...], tuple[float, ...]]
+Stats = tuple[tuple[float, ...], tuple[float, ...]]  # the channels' mean and deviation, of 0..1
 # Of the 50,000 training images; and of ImageNet, with which torchvision's ResNet-18 was trained.
 CIFAR100_STATS = (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,7 +34,7 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """The splits, a name for each class, and the place that they come from."""
+    """The splits, a name for each label, and the place that they come from."""
 
     name: str  # "cifar100", "synthetic", or one for the user's own images
     train: Split
@@ -51,7 +50,7 @@ class Dataset(NamedTuple):
 
 
 class Place(Protocol):
-    """The device that batches go to, and this process's rank; engine.runtime.Runtime is one."""
+    """Where batches go: a device, and one of several ranks; engine.runtime.Runtime is one."""
 
     device: torch.device
     rank: int
@@ -60,52 +59,36 @@ class Place(Protocol):
 
 
 def load(name: str, data_dir: str | Path, url: str | None = None, download: bool = True) -> Dataset:
-    """Return the data set `name`, "cifar100" or "synthetic".
-
-    CIFAR-100 comes from `data_dir`, a directory or one file; it is downloaded if it is not there.
-    Raises UserError if it is not there and cannot be downloaded, or is not CIFAR-100.
-    """
+    """Return CIFAR-100 from a file, a directory or the web, or "synthetic"; raises UserError."""
     if name == "synthetic":
         return synthetic()
     data_dir = Path(data_dir)
     with guard(f"{data_dir}: cannot be read", (OSError, MemoryError)):
-        if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
-            raise UserError(f"--data-dir {data_dir}: no such file")
-        path = find(data_dir) or fetch(url or URL, data_dir, download)
-        contents = read(path)
-    train, test = (Split(*map(torch.from_numpy, contents.splits[split]))
-                   for split in ("train", "test"))
-    return Dataset("cifar100", train, test, tuple(contents.class_names),
-                   f"{path} ({contents.version} version)")
+        arrays, names, source = read(find(data_dir) or fetch(url or URL, data_dir, download))
+    splits = (Split(*map(torch.tensor, arrays[split])) for split in ("train", "test"))
+    dataset = Dataset("cifar100", *splits, names, source)
+    check(dataset)
+    return dataset
 
 
-def synthetic(train_per_class: int = 50, test_per_class: int = 10) -> Dataset:
-    """Return a made-up set of 100 classes, the same one at every call.
-
-    A number obtained on it says only that the code works.
-    """
+def synthetic(train: int = 50, test: int = 10) -> Dataset:
+    """Return a made-up set, the same at every call, of so many images of each of 100 classes."""
     generator = torch.Generator().manual_seed(100)
-    train, test = (Split(*cifar100.synthetic.draw(per_class, generator))
-                   for per_class in (train_per_class, test_per_class))
-    return Dataset("synthetic", train, test, cifar100.synthetic.NAMES, "made up, not CIFAR-100")
+    splits = (Split(*draw(per_class, generator)) for per_class in (train, test))
+    return Dataset("synthetic", *splits, NAMES, "made up, not CIFAR-100")
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
-    """Check a set, compute its checksum, and move its last `count` training images into `val`.
-
-    As many of each class are moved, and with 0 none.
-    Raises UserError if `count` is not a multiple of the classes or leaves one without images, or
-    if the set is not what `check` asks for.
-    """
+    """Check a set, add its checksum, and move `count` training images, balanced, to val."""
     check(dataset)
     crc = 0
     for tensor in (*dataset.train, *dataset.test, *(dataset.val or ())):
         crc = zlib.crc32(tensor.contiguous().numpy(), crc)
     dataset = dataset._replace(checksum=crc)
-    if count and dataset.val:
-        raise UserError(f"--val-size {count}: {dataset.name} has a validation set of its own")
     if not count:
         return dataset
+    if dataset.val:
+        raise UserError(f"--val-size {count}: {dataset.name} has a validation set of its own")
     images, labels = dataset.train
     classes = len(dataset.class_names)
     per_class = count // classes
@@ -122,17 +105,18 @@ def hold_out(dataset: Dataset, count: int) -> Dataset:
 
 def check(dataset: Dataset) -> None:
     """Raise UserError unless the splits are as `Split` says, with a name for every label."""
+    classes = len(dataset.class_names)
     for name, (images, labels) in {"train": dataset.train, **dataset.evaluated()}.items():
-        where = f"the {name} set of {dataset.name}"
+        where = f"{dataset.source}: {name}"
         if not (isinstance(images, Tensor) and images.dtype == torch.uint8
                 and images.shape[1:] == (3, 32, 32) and len(images)):
-            raise UserError(f"{where}: its images must be a uint8 tensor (N, 3, 32, 32) of 0..255")
+            raise UserError(f"{where} images must be a uint8 tensor (N, 3, 32, 32) of 0..255")
         if not (isinstance(labels, Tensor) and labels.dtype == torch.int64
                 and labels.shape == images.shape[:1]):
-            raise UserError(f"{where}: its labels must be an int64 tensor ({len(images)},)")
-        if labels.min() < 0 or labels.max() >= len(dataset.class_names):
-            raise UserError(f"{where}: its labels span {labels.min()}..{labels.max()}, and there "
-                            f"are names of {len(dataset.class_names)} classes")
+            raise UserError(f"{where} labels must be an int64 tensor ({len(images)},)")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise UserError(f"{where} labels span {labels.min()}..{labels.max()}, and there are "
+                            f"{classes} class names")
 
 
 def loaders(dataset: Dataset, batch_size: int, eval_batch: int, stats: Stats, place: Place,
@@ -145,19 +129,12 @@ def loaders(dataset: Dataset, batch_size: int, eval_batch: int, stats: Stats, pl
 
 
 class Batches:
-    """One split as uint8 on the training device, given out in batches of float32 images.
-
-    Images come normalised by `stats` and resized (bilinear) to `size` x `size` pixels, without
-    worker processes, a copy of the set at that size, or host-device synchronisation in between.
-    A random crop is one of 32 x 32 pixels out of the image padded by `padding` pixels on each side,
-    by reflection. A `strength` above 0 adds `trivial_augment()`; resizing follows.
-    Iterating yields images (B, 3, size, size) and labels (B,) in the order of the split.
-    """
+    """One split, uint8 on the device, as batches of normalised float32 (B, 3, size, size)."""
 
     def __init__(self, split: Split, batch_size: int, stats: Stats, place: Place, size: int = 32,
                  classes: int = CLASSES, padding: int = CROP_PADDING, strength: float = 0.0):
         device = place.device
-        # A pixel's channels lie side by side, as the convolutions want them.
+        # The convolutions want a pixel's channels side by side.
         images = split.images.contiguous(memory_format=torch.channels_last)
         self.images, self.labels = images.to(device), split.labels.to(device)
         self.batch_size, self.size, self.strength = batch_size, size, strength
@@ -167,24 +144,19 @@ class Batches:
         self.steps_per_epoch = math.ceil(len(split.labels) / batch_size)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
         self.scale, self.shift = 1 / (255 * std), -mean / std
-        # The rows, or columns, that each offset of a crop takes, and then the same ones flipped.
-        padded = np.pad(np.arange(32), padding, mode="reflect")
-        crops = torch.tensor(padded).unfold(0, 32, 1)
-        self.offsets = len(crops)  # how many a crop has in each direction
+        self.offsets = 2 * padding + 1  # of a crop, in each direction
+        # The rows, or columns, that a crop takes at each offset, and then the same ones flipped.
+        crops = torch.tensor(np.pad(np.arange(32), padding, "reflect")).unfold(0, 32, 1)
         self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x offsets, 32)
-        eager = self._augment_eagerly
-        self._augment = torch.compile(eager, dynamic=False) if place.compile else eager
+        if place.compile:
+            self._augment = torch.compile(self._augment, dynamic=False)
 
     def __len__(self) -> int:
         """Return how many batches iterating yields on this rank."""
         return math.ceil(self.steps_per_epoch / self.ranks)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every image once, unchanged but for normalisation and size.
-
-        Rank r of R yields batches r, r + R, and so on. The last one may be empty, so that all ranks
-        yield the same number.
-        """
+        """Yield images and labels (B,) in order; a rank's last batch may be empty."""
         for step in range(len(self)):
             start = (step * self.ranks + self.rank) * self.batch_size
             part = slice(start, start + self.batch_size)
@@ -192,14 +164,11 @@ class Batches:
 
     def shuffled(self, seed: int, epoch: int, start: int = 0, size: int = 32,
                  cutmix: float = 0.0) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield every image once, randomly cropped and flipped, from batch number `start` on.
+        """Yield augmented images, labels and a weight, from batch number `start` on.
 
-        With probability `cutmix` an image gets a box of another image, and their labels are mixed
-        by area (Yun et al. 2019, arXiv:1905.04899); all labels are then float32 (B, classes).
-        Random numbers are drawn on the CPU and depend on (seed, epoch) alone. Each rank gets its
-        share of every batch, and the weight len(share) x ranks / len(batch): the mean over the
-        ranks of weight x mean loss of the share is the mean loss of the batch. A rank without a
-        share gets one image of weight 0.
+        All is drawn on the CPU from (seed, epoch) alone. With probability `cutmix` an image gets a
+        box of another (Yun et al. 2019, arXiv:1905.04899); labels are then float32 (B, classes).
+        The weight is that of this rank's share of the batch, if ranks are averaged.
         """
         draws = self._draw(epoch_seed(seed, epoch), cutmix)
         rows = [len(values) for values in draws.values()]
@@ -208,7 +177,7 @@ class Batches:
         for batch in table.split(self.batch_size, dim=1)[start:]:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
-            share = share if weight else batch[:, :1]
+            share = share if weight else batch[:, :1]  # all ranks must take a step
             drawn = dict(zip(draws, share.split(rows), strict=True))
             labels = self._mixed_labels(drawn) if cutmix else self.labels[drawn["image"][0]]
             yield self._augment(drawn, size), labels, weight
@@ -222,7 +191,7 @@ class Batches:
         offsets[1] += self.offsets * torch.randint(2, (count,), generator=generator)
         draws = {"image": order[None], "crop": offsets}
         if cutmix:
-            # The box's area is uniform in 0..1 of the image's; what sticks out is cut off.
+            # The box's area is uniform in 0..1 of the image's. What sticks out is cut off.
             sides = 32 * torch.rand(count, generator=generator).sqrt()
             sides[torch.rand(count, generator=generator) >= cutmix] = 0
             centres = 32 * torch.rand(2, count, generator=generator)
@@ -234,11 +203,8 @@ class Batches:
             draws["level"] = torch.randint(-LEVELS, LEVELS + 1, (1, count), generator=generator)
         return draws
 
-    def _augment_eagerly(self, drawn: dict[str, Tensor], size: int) -> Tensor:
-        """Pick, reflect-pad, crop, flip and mix (B,) images in one gather; return them finished.
-
-        `drawn` is what `_draw` returns, for these images alone.
-        """
+    def _augment(self, drawn: dict[str, Tensor], size: int) -> Tensor:
+        """Crop, flip and mix images in one gather; `drawn` is of `_draw`, for these alone."""
         (chosen,), (down, right) = drawn["image"], drawn["crop"]
         rows, columns = self.crops[down], self.crops[right]  # (B, 32)
         sources = chosen[:, None, None]
@@ -271,11 +237,10 @@ class Batches:
 def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     """Change each image in one way (TrivialAugment, Müller & Hutter 2021, arXiv:2103.10158).
 
-    `images` are float32 (B, 3, H, W) in 0..1, as are those returned. `operation` int64 (B,) is 0
-    for none, 1 or 2 for shear, 3 or 4 for shift (along x or y), 5 for rotation, 6 for brightness, 7
-    for saturation, 8 for contrast, 9 for fewer bits and 10 for solarisation. `level` float32 (B,)
-    in -1..1 is the share of the greatest change, about that of torchvision's TrivialAugmentWide.
-    Outside an image lies its reflection. Sharpness and equalisation are left out.
+    `images` are float32 (B, 3, H, W) in 0..1. `operation` int64 (B,) is 0 for none, 1 and 2 for
+    shear, 3 and 4 for shift (along x, y), 5 for rotation, 6 for brightness, 7 for saturation, 8 for
+    contrast, 9 for fewer bits, 10 for solarisation. `level` float32 (B,) in -1..1 is the share of
+    the greatest change, about that of torchvision's TrivialAugmentWide.
     """
     def only(number: int, value: Tensor) -> Tensor:
         return (operation == number) * value
@@ -301,5 +266,5 @@ def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 
 
 def epoch_seed(*numbers: int) -> int:
-    """Return 63 well-mixed bits that depend on these numbers alone: seed and epoch, for example."""
+    """Return 63 well-mixed bits that depend on these numbers, such as seed and epoch, alone."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

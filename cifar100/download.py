@@ -19,12 +19,7 @@ RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as 
 
 
 def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
-    """Download an official archive into `data_dir` and return its path.
-
-    One process at a time downloads, the others wait for it. A broken transfer is resumed, in this
-    run and in the next. Raises UserError if the download is not `allowed`, fails, or gives a file
-    of another md5.
-    """
+    """Download an official archive, or wait for a process that does; raises UserError."""
     note = "" if data_dir.exists() else ", which did not exist"
     partial = data_dir / "cifar-100.tar.gz.part"
     names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
@@ -52,7 +47,7 @@ def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
 
 
 def _complete(partial: Path, url: str) -> None:
-    """Transfer the rest of `partial`; a broken connection or a busy server is tried again."""
+    """Transfer the rest of `partial`; try again if the connection breaks or the server is busy."""
     for attempt in range(5):
         try:
             return _append(partial, url)

@@ -191,17 +191,16 @@ def broken(arrays: dict, fault: str) -> dict:
 
 
 @pytest.mark.parametrize("fault, says", [
-    ("shape", "images are"), ("dtype", "images are"), ("floats", "images are"),
+    ("shape", "images must be"), ("dtype", "images are"), ("floats", "images are"),
     ("label range", "labels span 1..100"), ("negative label", "labels span -1..98"),
-    ("label count", "labels are"), ("label type", "labels are"), ("empty", "images are"),
+    ("label count", "labels must be"), ("label type", "labels are"), ("empty", "images must be"),
 ])
 def test_wrong_content_is_named(tmp_path, arrays, fault, says):
     path = write_hdf5(tmp_path / "course.hdf5", broken(arrays, fault))
     if fault == "floats":
         write_hdf5(path, {**arrays, "test": (arrays["test"][0] * 255.0, arrays["test"][1])}, float)
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=f"^{path}.*: test {says}"):
         data.load("cifar100", tmp_path, download=False)
-    assert f"{path}: test" in str(caught.value)
 
 
 def test_a_full_split_must_be_balanced(tmp_path):
@@ -217,7 +216,7 @@ def test_a_full_split_must_be_balanced(tmp_path):
 @pytest.mark.parametrize("fault, says", [
     ("truncated", "not a whole tar archive"), ("text", "not a whole tar archive"),
     ("without test", "lacks test"), ("other pickle", "not a pickle of CIFAR-100"),
-    ("torn record", "whole number of 3074-byte records"), ("too large", "larger than any file"),
+    ("torn record", "whole number of 3074-byte records"), ("too large", "files larger than any"),
     ("other HDF5", "the course's keys"),
 ])
 def test_damaged_files_are_named(tmp_path, arrays, fault, says):
@@ -472,7 +471,7 @@ def test_augmentation_compiles_whole_to_the_same_images(runtime, monkeypatch, cu
         drawn = (batches.shuffled(0, 0, 0, size, cutmix) for batches in (eager, compiled))
         for one, other in zip(*drawn, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    assert compiled._augment != compiled._augment_eagerly
+    assert compiled._augment != eager._augment
 
 
 @pytest.mark.parametrize("size", [16, 32, 224])
