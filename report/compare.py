@@ -11,7 +11,7 @@ from pathlib import Path
 
 from report.curves import draw_curves
 from report.log import files_line
-from report.runs import NUMBERS_NOTE, SUMMARY, RunRecord, differences, group_runs, read_run, summary
+from report.runs import RunRecord, differences, group_runs, read_run, summary_table
 from report.write import markdown_table, write_picture, write_text
 from utils import UserError, guard, log, one_line
 
@@ -32,21 +32,21 @@ def compare(directories: list[Path], into: Path) -> None:
     if not records:
         raise UserError("; ".join(unread))
     groups = group_runs(records)
-    notes = [f"warning    {error}" for error in unread] + _notes(records, groups)
+    notes = [*(f"warning    {error}" for error in unread), *_notes(records, groups), MEANS_NOTE]
     means = {label: _means(group) for label, group in groups.items()}
-    text_file, picture = (into / name for name in COMPARISON)
     with guard(f"--output-dir {into}: cannot be written", OSError):
         into.mkdir(parents=True, exist_ok=True)
-        text = NUMBERS_NOTE + "".join(f"{one_line(note)}\n\n" for note in notes)
-        text += markdown_table(SUMMARY, map(summary, records))
-        text += write_picture(picture, "", draw_curves, groups) + f"{MEANS_NOTE}\n\n"
-        rows = [(label, *cells.values()) for label, cells in means.items()]
-        write_text(text_file, text + markdown_table(("runs", "n", *MEANS), rows))
-    for line in (*notes, MEANS_NOTE):
-        log.info(line)
+        text = summary_table(records)
+        text += write_picture(into / "comparison.png", "", draw_curves, groups)
+        text += "".join(f"{one_line(note)}\n\n" for note in notes)
+        rows = ((label, *cells.values()) for label, cells in means.items())
+        text += markdown_table(("runs", "n", *MEANS), rows)
+        write_text(into / "comparison.md", text)
+    for note in notes:
+        log.info(note)
     for label, cells in means.items():
-        known = [f"{name} {cell}" for name, cell in cells.items() if cell != "-"]
-        log.info(f"{label}: {', '.join(known)}")
+        known = ", ".join(f"{name} {cell}" for name, cell in cells.items() if cell != "-")
+        log.info(f"{label}: {known}")
     log.info(files_line(into, COMPARISON))
 
 
@@ -67,7 +67,7 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list
     """Return a line on each group that has a seed twice, or other code, network or images."""
     notes = []
     for label, group in groups.items():
-        seeds = [str(record.config["settings"]["seed"]) for record in group]
+        seeds = [record.config["settings"]["seed"] for record in group]
         same = [f"seed {seed} in {record.directory}"
                 for seed, record in zip(seeds, group, strict=True) if seeds.count(seed) > 1]
         if same:
@@ -82,12 +82,9 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list
 
 def main() -> None:
     """Read the command line and compare; bad input is one line on stderr and status 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m report.compare", description=__doc__.partition("\n")[0], epilog="Runs that "
-        "differ in the seed alone become one curve: their mean and range. Runs of other code, "
-        "networks or images are kept apart.")
+    parser = argparse.ArgumentParser("python -m report.compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directories")
-    parser.add_argument("--output-dir", type=Path, default=Path("output"), metavar="DIR",
+    parser.add_argument("--output-dir", type=Path, default="output", metavar="DIR",
                         help="where comparison.md and comparison.png go (default: output)")
     args = parser.parse_args()
     log.addHandler(logging.StreamHandler(sys.stdout))
@@ -95,8 +92,7 @@ def main() -> None:
     try:
         compare(args.runs, args.output_dir)
     except UserError as error:
-        print(f"report.compare: {one_line(error)}", file=sys.stderr)
-        sys.exit(error.status)
+        parser.exit(error.status, f"report.compare: {one_line(error)}\n")
 
 
 if __name__ == "__main__":

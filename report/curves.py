@@ -1,6 +1,5 @@
 """Draw the curves of one or several runs."""
 
-import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Curves have five colours of Okabe & Ito (2008), which the colour-blind can tell apart. From the
-# sixth curve on they have another marker.
+# Five colours of Okabe & Ito (2008), which the colour-blind can tell apart, with each marker.
 COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), "os"
 DASHES = {"train": ("--", "training"), "val": (":", "validation"), "test": ("-", "test")}
 
@@ -25,65 +23,51 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     for label, records in groups.items():
         script, _, name = label.partition(", ")
         scripts.setdefault(script, {})[name or "this recipe"] = records
-    legends = []
+    figure.set_size_inches(15, 5 * len(scripts))
     grid = figure.subplots(len(scripts), 3, squeeze=False)
     for panels, (script, named) in zip(grid, scripts.items(), strict=True):
+        handles = _draw_groups(panels, named)
         loss, accuracy, rate = panels
-        loss.set_title(f"{script}.py", loc="left")
-        loss.set(ylabel="cross entropy, nats (training: smoothed)")
+        loss.set(title=f"{script}.py", ylabel="cross entropy, nats (training: smoothed)")
         accuracy.set(ylabel="accuracy, %", ylim=(0, 100))
         rate.set(ylabel="learning rate at the end of the epoch")
-        longest = max(len(record.history) for records in named.values() for record in records)
+        rate.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
         for panel in panels:
-            panel.set(xlabel="epoch", xlim=(0.5, max(longest, 2) + 0.5))
+            panel.set(xlabel="epoch")
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
-        handles = _draw_groups(panels, named)
-        rate.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1))
-        legends.append("\n".join(handle.get_label() for handle in handles).splitlines())
-    # Inches: 11.5 for the panels, and what a legend needs beside them, by its lines and letters.
-    letters = max(len(line) for legend in legends for line in legend)
-    lines = max(map(len, legends))
-    figure.set_size_inches(11.5 + 0.09 * letters, len(scripts) * max(4, 0.5 + 0.22 * lines))
 
 
 def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -> list:
     """Draw the groups of one script into its panels; return what the legend explains."""
     loss, accuracy, rate = panels
-    handles, dashes, shades = [], {}, {}
-    for i, (name, records) in enumerate(groups.items()):
-        name += f" ({len(records)} runs)" if len(records) > 1 else ""
-        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // 5 % 2],
-                "markersize": 4}
-        handles += loss.plot([], [], label=textwrap.fill(name, 45), **look)
-        history, full = records[0].history, records[0].config["settings"].get("image_size", 32)
-        for split, (dash, word) in DASHES.items():
-            if f"{split}_loss" in history[0]:
-                dashes[word] = dash
-                _draw_mean(loss, records, f"{split}_loss", 1, linestyle=dash, **look)
-                _draw_mean(accuracy, records, f"{split}_acc", 100, linestyle=dash, **look)
-        _draw_mean(rate, records, "lr", 1, **look)
-        small = [row["image_size"] for row in history if row.get("image_size", full) < full]
-        if small:
-            shades.setdefault(len(small), set()).add(f"{small[0]:.0f}")
-    # Most groups have the same epochs on small images: one shade for all of them.
-    named = {}
-    for epochs, sides in shades.items():
-        label = f"trained on images of {' and '.join(sorted(sides))} pixels"
-        for panel in panels:
-            named[label] = panel.axvspan(0.5, epochs + 0.5, color="0.5", alpha=0.12, linewidth=0,
-                                         label=label)
-    handles += named.values()
+    handles, common = [], {}  # of the groups, and by label of what they have in common
     mixed = [bool(records[0].config["settings"].get("cutmix")) for records in groups.values()]
     where = "" if all(mixed) else ", where it is above 0"
-    for word, dash in dashes.items():
-        if any(mixed) and word == "training":
-            word += f" (partly with CutMix{where})"
-        handles += loss.plot([], [], color="0.3", linestyle=dash, label=word)
-    required = {records[0].config["required_accuracy"] for records in groups.values()} - {None}
-    return handles + [accuracy.axhline(value, color="0.3", linestyle="-.",
-                                       label=f"required: {value:.0f}%")
-                      for value in sorted(required)]
+    cutmix = f" (partly with CutMix{where})" if any(mixed) else ""
+    for i, (name, records) in enumerate(groups.items()):
+        look = {"color": COLOURS[i % 5], "marker": MARKERS[i // 5 % 2], "markersize": 4}
+        name += f" ({len(records)} runs)" if len(records) > 1 else ""
+        handles += loss.plot([], [], label=textwrap.fill(name, 45), **look)
+        _, config, history = records[0]
+        for split, (dash, label) in DASHES.items():
+            if f"{split}_loss" in history[0]:
+                _draw_mean(loss, records, f"{split}_loss", 1, linestyle=dash, **look)
+                _draw_mean(accuracy, records, f"{split}_acc", 100, linestyle=dash, **look)
+                label += cutmix if split == "train" else ""
+                (common[label],) = loss.plot([], [], "0.3", linestyle=dash, label=label)
+        _draw_mean(rate, records, "lr", 1, **look)
+        full = config["settings"].get("image_size", 32)
+        small = [row["image_size"] for row in history if row["image_size"] < full]
+        if small:
+            label = f"trained on images of {small[0]:.0f} pixels"
+            for panel in panels:
+                common[label] = panel.axvspan(0.5, len(small) + 0.5, color="0.5", linewidth=0,
+                                              alpha=0.3 / len(groups), label=label)
+        if required := config["required_accuracy"]:
+            label = f"required: {required:.0f}%"
+            common[label] = accuracy.axhline(required, color="0.3", linestyle="-.", label=label)
+    return [*handles, *common.values()]
 
 
 def _draw_mean(panel: "Axes", records: list[RunRecord], column: str, scale: float,
@@ -93,6 +77,6 @@ def _draw_mean(panel: "Axes", records: list[RunRecord], column: str, scale: floa
     curves = np.array([[scale * row[column] for row in record.history[:epochs]]
                        for record in records])  # (runs, epochs)
     x = np.arange(1, epochs + 1)
-    panel.plot(x, curves.mean(0), markevery=math.ceil(epochs / 10), **look)
+    panel.plot(x, curves.mean(0), markevery=max(1, epochs // 10), **look)
     if len(records) > 1:
         panel.fill_between(x, curves.min(0), curves.max(0), color=look["color"], alpha=0.25)

@@ -1,5 +1,6 @@
 """Scores, and the lines of the log that are made of them."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,20 +31,16 @@ def top5(logits: Tensor) -> torch.return_types.topk:
 
 def score(logits: Tensor, labels: Tensor) -> Metrics:
     """Return the metrics of logits (N, C) for labels int64 (N,), computed in float64."""
-    hits = top5(logits).indices == labels[:, None]  # (N, 5)
-    loss = F.cross_entropy(logits.double(), labels).item()
-    return Metrics(loss, hits[:, 0].double().mean().item(),
-                   hits.any(1).double().mean().item(), len(labels))
+    hits = (top5(logits).indices == labels[:, None]).double()  # (N, 5)
+    loss = F.cross_entropy(logits.double(), labels)
+    return Metrics(loss.item(), hits[:, 0].mean().item(), hits.sum(1).mean().item(), len(labels))
 
 
 def metric_columns(results: dict[str, Metrics]) -> dict[str, float]:
     """Return the columns of metrics.csv for the results of each split."""
-    columns = {}
-    for split, metrics in results.items():
-        columns |= {f"{split}_loss": metrics.loss, f"{split}_acc": metrics.accuracy}
-        if split != "train":
-            columns[f"{split}_top5"] = metrics.top5
-    return columns
+    names = ("loss", "acc", "top5")
+    return {f"{split}_{name}": value for split, metrics in results.items()
+            for name, value in zip(names, metrics, strict=False) if not math.isnan(value)}
 
 
 def epoch_line(row: dict) -> str:
@@ -54,10 +51,9 @@ def epoch_line(row: dict) -> str:
                f"lr {row['lr']:.4f}"]
     for split in ("train", "val", "test"):
         if f"{split}_loss" in row:
-            field = f"{split} loss {row[f'{split}_loss']:.3f} acc {row[f'{split}_acc']:6.2%}"
-            if split != "train":
-                field += f" top5 {row[f'{split}_top5']:6.2%}"
-            fields.append(field)
+            fields.append(f"{split} loss {row[f'{split}_loss']:.3f} acc {row[f'{split}_acc']:6.2%}")
+        if f"{split}_top5" in row:
+            fields[-1] += f" top5 {row[f'{split}_top5']:6.2%}"
     fields += [f"{row['images_per_second']:.0f} img/s", f"{row['seconds']:.1f} s",
                f"eta {duration(row['eta_seconds'])}"]
     return "  ".join(fields)

@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from report.log import duration, verdict
-from report.write import csv_table, write_text
+from report.write import csv_table, markdown_table, write_text
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Texts for settings in a legend. Other settings are called by the name of their flag.
-LEGEND = {
-    "epochs": "{} epochs", "max_steps": "{} steps", "batch_size": "batch size {}",
-    "lr": "learning rate {}", "val_size": "{} images held out", "image_size": "{} pixels",
-    "low_res": "{} of the epochs at low resolution", "precision": "{}", "dataset": "{} images"}
-
-SUMMARY = ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
-           "test loss", "verdict", "time", "training images/s")
-NUMBERS_NOTE = "Numbers are those of the last epoch, not of the best.\n\n"
+LEGEND = {"epochs": "{} epochs", "max_steps": "{} steps", "lr": "learning rate {}",
+          "val_size": "{} images held out", "image_size": "{} pixels", "dataset": "{} images",
+          "low_res": "{} of the epochs at low resolution", "precision": "{}"}
 
 
 class RunRecord(NamedTuple):
@@ -53,10 +48,8 @@ def describe_code() -> dict:
     return {"commit": commit[:12], "changed": bool(changes), "modules": modules[:12]}
 
 
-def name_of_code(code: dict | None) -> str:
+def name_of_code(code: dict) -> str:
     """Return the name of the code that `describe_code` described, for a log or a legend."""
-    if not code:
-        return "unknown code"
     words = "changed code of" if code["changed"] else "code"
     return f"{words} {code['commit'][:7] or code['modules']}"
 
@@ -89,33 +82,38 @@ def write_metrics(directory: Path, history: list[dict]) -> None:
         write_text(directory / "metrics.csv", csv_table(history[0], rows))
 
 
-def read_run(directory: Path) -> RunRecord:
-    """Read a run's files; raises UserError if there is no finished epoch."""
+def read_run(directory: Path, history: list[dict] | None = None) -> RunRecord:
+    """Return a run that can be reported on, by default with metrics.csv; raises UserError."""
     try:
-        with open(directory / "metrics.csv", newline="") as file:
-            history = [{name: float(value) for name, value in row.items() if name != "dataset"}
-                       for row in csv.DictReader(file)]
+        if history is None:
+            with open(directory / "metrics.csv", newline="") as file:
+                history = [{name: float(value) for name, value in row.items() if name != "dataset"}
+                           for row in csv.DictReader(file)]
         record = RunRecord(directory, read_config(directory), history)
-        # Fail here, before anything is written, if something is missing.
-        summary(record)
+        summary_table([record])
         group_runs([record])
+        record.config["in_words"]
         return record
     except Exception as error:  # what is no run can raise anything
-        reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{directory}: holds no run with a finished epoch, or one of older code "
-                        f"({reason})") from error
+                        f"({type(error).__name__}: {error})") from error
 
 
-def summary(record: RunRecord) -> tuple:
-    """Return a run's cells for the columns SUMMARY; the numbers are those of the last epoch."""
-    last = record.history[-1]
-    return (record.directory, record.config["settings"]["seed"],
-            f"{last['epoch']:.0f} of {last['epochs']:.0f}", f"{last['train_acc']:.2%}",
-            f"{last['val_acc']:.2%}" if "val_acc" in last else "-",
+def summary_table(records: list[RunRecord]) -> str:
+    """Return a Markdown table of runs, a row each."""
+    rows = []
+    for directory, config, history in records:
+        last = history[-1]
+        speed = statistics.harmonic_mean(row["images_per_second"] for row in history)
+        rows.append((
+            directory, config["settings"]["seed"], f"{last['epoch']:.0f} of {last['epochs']:.0f}",
+            f"{last['train_acc']:.2%}", f"{last['val_acc']:.2%}" if "val_acc" in last else "-",
             f"{last['test_acc']:.2%}", f"{last['test_top5']:.2%}", f"{last['test_loss']:.3f}",
-            verdict(last["test_acc"], record.config["required_accuracy"]),
-            duration(sum(row["seconds"] for row in record.history)),
-            f"{statistics.harmonic_mean(row['images_per_second'] for row in record.history):.0f}")
+            verdict(last["test_acc"], config["required_accuracy"]),
+            duration(sum(row["seconds"] for row in history)), f"{speed:.0f}"))
+    return "Numbers are those of the last epoch, not of the best.\n\n" + markdown_table(
+        ("run", "seed", "epochs", "train accuracy", "val accuracy", "test accuracy", "top 5",
+         "test loss", "verdict", "time", "training images/s"), rows)
 
 
 def group_runs(records: list[RunRecord]) -> dict[str, list[RunRecord]]:

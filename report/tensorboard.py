@@ -1,7 +1,6 @@
 """Write the numbers of metrics.csv for TensorBoard, which is optional."""
 
 from pathlib import Path
-from typing import Any
 
 from utils import guard, log
 
@@ -12,8 +11,7 @@ class TensorBoard:
     def __init__(self, output_dir: Path):
         with guard("--tensorboard needs pip install 'tensorboard>=2.17.1'", Exception):
             from torch.utils.tensorboard import SummaryWriter
-        self.open, self.directory = SummaryWriter, output_dir / "tensorboard"
-        self.writer: Any = None
+        self.open, self.directory, self.writer = SummaryWriter, output_dir / "tensorboard", None
 
     def write(self, history: list[dict]) -> None:
         """Write the last epoch. A new writer writes all: purge_step hides what older files hold."""

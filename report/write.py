@@ -2,8 +2,6 @@
 
 import csv
 import io
-import logging
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -30,20 +28,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_picture(path: Path, caption: str, draw: Callable, *content: object) -> str:
-    """Have `draw(figure, *content)` fill a matplotlib figure, write it; return its Markdown.
-
-    If that fails, as it does without matplotlib, a line of the log says so. Raises OSError.
-    """
+    """Write a figure that `draw(figure, *content)` fills; return its Markdown; raises OSError."""
     png = io.BytesIO()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs that it builds a font cache
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from matplotlib.figure import Figure
-
-            figure = Figure(layout="constrained")
-            draw(figure, *content)
-            figure.savefig(png, format="png", dpi=150)
+        from matplotlib.figure import Figure
+        figure = Figure(layout="constrained")
+        draw(figure, *content)
+        figure.savefig(png, format="png", dpi=150)
     except Exception as error:  # no picture is worth a run
         remedy = ": pip install 'matplotlib>=3.7'" if isinstance(error, ImportError) else ""
         log.info(f"note       {path.name} is not drawn ({error}){remedy}")

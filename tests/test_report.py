@@ -162,7 +162,7 @@ def test_a_run_whose_config_is_gone_has_no_report_but_a_line(tmp_path, caplog):
     (tmp_path / "run" / "config.json").write_text("{")
     with caplog.at_level("INFO", "cifar100"):
         write_run_report(tmp_path / "run", history)
-    assert re.match(r"warning +no report: .*config\.json: cannot be used", *caplog.messages)
+    assert re.match(r"warning +no report: .*config\.json: cannot be used.*\)$", *caplog.messages)
     assert not (tmp_path / "run" / "report.md").exists()
 
 
@@ -176,7 +176,8 @@ def test_a_finished_run_of_older_code_has_no_report_but_a_line(tmp_path, caplog,
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     with caplog.at_level("INFO", "cifar100"):
         write_run_report(tmp_path / "run", history)
-    assert re.match(rf"warning +no report: .*config\.json .* lacks '{lacks}'$", *caplog.messages)
+    assert re.match(rf"warning +no report: .* of older code \(KeyError: '{lacks}'\)$",
+                    *caplog.messages)
 
 
 def test_curves_show_the_numbers_of_a_run_in_three_panels(tmp_path, drawn):
