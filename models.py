@@ -1,8 +1,4 @@
-"""The two networks: the assignment's ResNet for 32 x 32 images, and torchvision's ResNet-18.
-
-Both are plain float32 modules on the CPU. Their `state_dict()` is what the scripts write to
-`model.pt`.
-"""
+"""The two networks: the assignment's ResNet for 32 x 32 images, and torchvision's ResNet-18."""
 
 import torch
 import torchvision
@@ -12,8 +8,7 @@ from torch import Tensor, nn
 class BasicBlock(nn.Module):
     """Figure 2: two 3x3 convolutions and a short cut, with no ReLU after the addition.
 
-    The stride is that of the first convolution. Where the shape changes the short cut is option B
-    of He et al. 2015 (arXiv:1512.03385, section 3.3), a 1x1 convolution and batch norm.
+    Where the shape changes the short cut is option B of He et al. 2015 (arXiv:1512.03385, 3.3).
     Maps (N, in_channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride)).
     """
 
@@ -29,7 +24,6 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output."""
         out = torch.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(out)) + self.shortcut(x)
 
@@ -64,21 +58,18 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of the images."""
         x = self.dropout(torch.relu(self.bn1(self.conv1(images))))  # (N, 32, 32, 32)
         x = self.conv2_x(x)
         x = self.conv3_x(x)  # (N, 64, 16, 16)
         x = self.conv4_x(x)  # (N, 128, 8, 8)
         x = self.conv5_x(x)  # (N, 256, 4, 4)
         # Max pooling over the whole map; amax, unlike adaptive pooling, is deterministic on CUDA.
-        x = x.amax(dim=(2, 3))  # (N, 256)
-        return self.fc(x)
+        return self.fc(x.amax(dim=(2, 3)))  # (N, num_classes)
 
 
 def resnet18(num_classes: int = 100) -> nn.Module:
-    """Part 2: torchvision's ResNet-18 (He et al. 2015, table 1) with random weights.
+    """Part 2: torchvision's ResNet-18 (He et al. 2015, table 1) with random weights and a new `fc`.
 
-    The last layer, `fc`, is a new one. engine/weights.py reads ImageNet weights into the others.
     Maps float images (N, 3, H, W), H and W at least 32, usually 224, to logits (N, num_classes).
     """
     model = torchvision.models.resnet18()

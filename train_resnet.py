@@ -15,14 +15,12 @@ epochs on --trivial-augment is 0.5, with --optimizer sgd --lr is 0.2 and --weigh
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
 import models
-from engine import inference, loop, optim
+from engine import inference, loop, optim, process
 from engine.flags import Parser, bounded
-from engine.process import run_script
 from engine.run import Run
 from engine.runtime import Runtime, choose_runtime
 
@@ -63,10 +61,9 @@ def parse_args() -> argparse.Namespace:
     """Read the command line; the defaults are the recipe."""
     parser = Parser(__doc__, output_dir="output/train_resnet")
     add = parser.recipe_group.add_argument
-    add("--dropout", type=bounded(float, 0, 1), metavar="P",
-        help="probability with which training zeroes an output of conv1")
+    add("--dropout", type=bounded(float, 0, 1), metavar="P", help="probability, of conv1's outputs")
     add("--crop-padding", type=bounded(int, 0, SIZE - 1), metavar="PIXELS",
-        help="by how much a random crop moves an image at most, in each direction")
+        help="how far a random crop moves an image at most, in each direction")
     return parser.read(RECIPE, variant)
 
 
@@ -97,21 +94,19 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     """Take one step on a batch; return its mean loss and the logits (B, classes)."""
     with run.runtime.autocast():
         logits = run.network(images).float()
-    loss = F.cross_entropy(logits, labels, label_smoothing=run.args.label_smoothing)
+    loss = nn.functional.cross_entropy(logits, labels, label_smoothing=run.args.label_smoothing)
     run.backward(loss)
     run.take_step()
     return loss, logits
 
 
 def main() -> None:
-    """Data, model, optimizer, schedule, loop."""
     args = parse_args()
     runtime = choose_runtime(args.device, args.precision, args.compile)
     torch.manual_seed(args.seed)
     model = make_model(args)
     if args.eval_only or args.predict:
         return inference.use(model, args, runtime, load_data, STATS, EVAL_BATCH, SIZE)
-
     dataset = data.hold_out(load_data(args), args.val_size)
     train, evaluated = data.loaders(
         dataset, args.batch_size, EVAL_BATCH, STATS, runtime, SIZE,
@@ -121,8 +116,7 @@ def main() -> None:
     sizes = optim.low_resolution_first(run.epochs, args.low_res, LOW_SIZE, SIZE)
     cutmix = optim.cutmix_by_epoch(run.epochs, args.cutmix)
     optimizer = make_optimizer(model, args, runtime)
-    scheduler = optim.one_cycle(optimizer, run.total_steps)
-    run.start(model, optimizer, scheduler, sizes, AUGMENT)
+    run.start(model, optimizer, optim.one_cycle(optimizer, run.total_steps), sizes, AUGMENT)
     for epoch in range(run.epoch, run.epochs):
         batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], cutmix[epoch])
         results = {"train": loop.train_one_epoch(run, batches, train_step)}
@@ -133,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    process.run_script(main)
