@@ -5,9 +5,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
-# CutMix is off in this fraction of the epochs, at the end, but in no more than so many: of 40
-# epochs, 6 did better than 12 (results/README.md). YOLOX, too, stops mixing images before its end
-# (Ge et al. 2021, arXiv:2107.08430).
+# CutMix is off in this fraction of the epochs, at the end, and in at most so many: of 40, 6 did
+# better than 12 (results/README.md). YOLOX does so, too (Ge et al. 2021, arXiv:2107.08430).
 UNMIXED, MOST_UNMIXED = 0.3, 6
 
 
@@ -16,38 +15,32 @@ class Muon(torch.optim.SGD):
 
     In a group with the key "muon" (the momentum), the gradient of each convolution (out, in, k, k)
     becomes a nearly orthogonal matrix (out, in k k), with no factor for its shape. All other groups
-    are plain SGD. `dtype` and `iterations` are those of `orthogonalize`, which unlike
-    torch.optim.Muon's takes many matrices at once: all of one shape, or with `pad` all of as many
-    rows, the narrower ones padded with zeros (more arithmetic in fewer kernels, faster only on a
-    GPU).
+    are plain SGD. Unlike torch.optim.Muon it takes many matrices at once: all of one shape, or with
+    `pad` all of as many rows, the narrower ones padded with zeros, which is faster only on a GPU.
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False,
                  iterations: int = 5):
         super().__init__(groups)
         self.dtype, self.pad, self.iterations = dtype, pad, iterations
-        self.zeros: dict[tuple[int, int], Tensor] = {}  # (widest, out)
+        self.zeros: dict[torch.Size, Tensor] = {}  # by shape, (widest, out)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Put orthogonal matrices in place of the convolutions' gradients; take SGD's step.
-
-        SGD's own momentum is 0 in these groups: it adds the weight decay and steps.
-        """
+        """Put orthogonal matrices in place of the convolutions' gradients; take SGD's step."""
         for group in self.param_groups:
-            if "muon" in group:
-                weights = [weight for weight in group["params"]
-                           if weight.grad is not None and weight.numel()]
-                if weights:
-                    self._orthogonalize_gradients(weights, group["muon"])
+            weights = [p for p in group["params"] if p.grad is not None and p.numel()]
+            if weights and "muon" in group:
+                # SGD's own momentum is 0 in such a group: it adds the weight decay and steps.
+                self._orthogonalize_gradients(weights, group["muon"])
         super().step()
 
     def _orthogonalize_gradients(self, weights: list[Tensor], momentum: float) -> None:
         stacks = {}  # of weights whose gradients are orthogonalised together
         for weight in weights:
+            stacks.setdefault(len(weight) if self.pad else weight.shape, []).append(weight)
             if "momentum_buffer" not in self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            stacks.setdefault(len(weight) if self.pad else weight.shape, []).append(weight)
         averages = [self.state[weight]["momentum_buffer"] for weight in weights]
         grads = [weight.grad for weight in weights]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
@@ -67,14 +60,13 @@ class Muon(torch.optim.SGD):
     def _padded(self, grads: list[Tensor]) -> list[Tensor]:
         # The columns are in the order of k, k, in, which is that of channels-last memory.
         narrow = [grad.permute(2, 3, 1, 0).flatten(0, 2) for grad in grads]  # (k k in, out) each
-        rows, widest = len(grads[0]), max(map(len, narrow))
-        if (widest, rows) not in self.zeros:
-            self.zeros[widest, rows] = narrow[0].new_zeros(widest, rows)
-        zeros = self.zeros[widest, rows]
-        pieces = [piece for matrix in narrow
-                  for piece in (matrix, zeros[: widest - len(matrix)])]
-        matrices = torch.cat(pieces).view(-1, widest, rows).mT  # (N, out, widest)
-        matrices = orthogonalize(matrices, self.dtype, self.iterations).to(grads[0].dtype)
+        widest = max(narrow, key=len).shape
+        if widest not in self.zeros:
+            self.zeros[widest] = narrow[0].new_zeros(widest)
+        zeros = self.zeros[widest]
+        pieces = [piece for matrix in narrow for piece in (matrix, zeros[len(matrix) :])]
+        matrices = torch.cat(pieces).view(len(grads), *zeros.shape).mT  # (N, out, widest)
+        matrices = orthogonalize(matrices, self.dtype, self.iterations).to(zeros.dtype)
         return [matrix[:, : grad[0].numel()].view(grad.permute(0, 2, 3, 1).shape)
                 .permute(0, 3, 1, 2) for matrix, grad in zip(matrices, grads, strict=True)]
 
@@ -82,9 +74,8 @@ class Muon(torch.optim.SGD):
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
     """Bring the singular values of (N, rows, columns) near 1, and keep the singular vectors.
 
-    Five Newton-Schulz iterations turn U S V' into about U V'. With fewer iterations small singular
-    values end further below 1. Columns of zeros stay zeros. The coefficients of
-    x -> a x + b x^3 + c x^5 are Jordan's.
+    Five Newton-Schulz iterations turn U S V' into about U V'. With fewer, small singular values end
+    further below 1. Columns of zeros stay zeros. The coefficients are Jordan's.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT, dtype, iterations).mT
@@ -100,8 +91,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> 
 def split(model: nn.Module, head: str = "") -> tuple[list[nn.Parameter], ...]:
     """Return the weights that are trained: convolutions, matrices, vectors, and those of `head`.
 
-    Muon takes the convolutions. Matrices are all others of at least two dimensions. `head` is the
-    name of a layer whose weights are in none of these three lists.
+    Matrices have two or more dimensions. No weight of the layer `head` is in the other three.
     """
     kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d)}
     convolutions, matrices, vectors, of_head = [], [], [], []
@@ -117,20 +107,15 @@ def split(model: nn.Module, head: str = "") -> tuple[list[nn.Parameter], ...]:
     return convolutions, matrices, vectors, of_head
 
 
-def part_of(epochs: int, fraction: float) -> int:
-    """Return this fraction of the epochs, rounded down."""
-    return int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
-
-
 def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[int]:
     """Return each epoch's side of the images, in pixels: `low` in the first `fraction` of them."""
-    low_epochs = part_of(epochs, fraction)
+    low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
     return [low] * low_epochs + [full] * (epochs - low_epochs)
 
 
 def cutmix_by_epoch(epochs: int, probability: float) -> list[float]:
     """Return each epoch's probability of CutMix, which is 0 in the last epochs."""
-    unmixed = min(part_of(epochs, UNMIXED), MOST_UNMIXED)
+    unmixed = min(int(UNMIXED * epochs), MOST_UNMIXED)
     return [probability] * (epochs - unmixed) + [0.0] * unmixed
 
 

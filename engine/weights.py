@@ -1,7 +1,6 @@
 """Find, download and read the weights of a network, and fit them to it."""
 
 import hashlib
-import http.client
 from pathlib import Path
 
 import torch
@@ -16,17 +15,23 @@ RESNET18_FILES = ("resnet18-5c106cde.pth", "resnet18-f37072fd.pth")
 
 
 def load_pretrained(model: nn.Module, head: str, weights: str | None, download: bool) -> None:
-    """Load ImageNet weights into a ResNet-18, into all layers but the new one called `head`.
+    """Load ImageNet weights into a ResNet-18, but for the layer `head`; raises UserError.
 
     `weights` is a file. By default it is the first of RESNET18_FILES that lies beside the scripts
-    or in torch's cache, else torchvision's own hash-checked download. Raises UserError if the file
-    is missing, damaged, unsafe or another network's.
+    or in torch's cache, else torchvision's own hash-checked download.
     """
-    places = (ROOT, Path(torch.hub.get_dir(), "checkpoints"))
-    known = (place / name for place in places for name in RESNET18_FILES)
+    cache = Path(torch.hub.get_dir(), "checkpoints")
+    known = (folder / name for folder in (ROOT, cache) for name in RESNET18_FILES)
     path = Path(weights) if weights else next(filter(Path.is_file, known), None)
-    path = path or _download(download)
-    load(model, path, leave_out=f"{head}.")
+    if not path:
+        path, official = cache / RESNET18_FILES[1], ResNet18_Weights.IMAGENET1K_V1
+        ways_out = (f"; put {path.name} beside the scripts, or name a file with --weights, or make "
+                    "a dry run with --weights random")
+        if not download:
+            raise UserError(f"no ImageNet weights (--no-download forbids to fetch them){ways_out}")
+        with guard(f"no ImageNet weights: downloading {official.url} failed", Exception, ways_out):
+            official.get_state_dict(check_hash=True, weights_only=True)
+    load(model, path, head)
     if path.name in RESNET18_FILES:
         # The name holds 8 digits of the SHA-256; the format has no checksum of its own.
         digest = path.stem.rpartition("-")[2]
@@ -35,37 +40,18 @@ def load_pretrained(model: nn.Module, head: str, weights: str | None, download: 
     log.info(f"weights    {path}")
 
 
-def _download(allowed: bool) -> Path:
-    """Download torchvision's own file into torch's cache; return its path. Raises UserError."""
-    official = ResNet18_Weights.IMAGENET1K_V1
-    reason = "--no-download forbids to fetch them"
-    if allowed:
-        try:
-            official.get_state_dict(check_hash=True, weights_only=True)
-            return Path(torch.hub.get_dir(), "checkpoints", RESNET18_FILES[1])
-        # RuntimeError: the file has another hash.
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            reason = f"downloading {official.url} failed: {error}"
-    raise UserError(f"no ImageNet weights ({reason}); put {RESNET18_FILES[1]} beside the scripts, "
-                    "or name a file with --weights, or make a dry run with --weights random")
-
-
-def load(model: nn.Module, path: Path | str, leave_out: str = "") -> None:
-    """Load a file's state_dict strictly; raises UserError if it is damaged or misfits.
-
-    Names that begin with `leave_out`, if it is given, are ignored in the file and in the network.
-    """
+def load(model: nn.Module, path: Path | str, head: str = "") -> None:
+    """Load a file's state_dict, but for the layer `head`; raises UserError if it does not fit."""
     try:
         state = load_tensors(path)
     except DamagedFile as error:
         raise UserError(f"{error}; get or make it again") from error
     with guard(f"{path}: weights of another network", Exception):
-        state, now = ({name: value for name, value in weights.items()
-                       if not (leave_out and name.startswith(leave_out))}
-                      for weights in (state, model.state_dict()))
-        if misfit := difference(state, now):
+        now = model.state_dict()
+        kept = {name: now[name] for name in now if head and name.startswith(f"{head}.")}
+        if misfit := difference({**state, **kept}, now):
             raise UserError(f"{path}: weights of another network: {misfit}")
-        model.load_state_dict(state, strict=False)
+        model.load_state_dict({**state, **kept}, strict=False)
 
 
 def difference(state: dict, now: dict) -> str:

@@ -220,7 +220,7 @@ def test_a_failed_download_of_weights_names_the_reason_and_the_ways_out(cache, m
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(UserError, match=r"failed: no route to host.*--weights random"):
+    with pytest.raises(UserError, match=r"failed \(no route to host\).*--weights random"):
         pretrained(None)
 
 
