@@ -11,7 +11,6 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,7 +40,7 @@ class DamagedFile(UserError):
 @contextlib.contextmanager
 def guard(what: str, errors: type[Exception] | tuple, advice: str = "",
           status: int = USER_ERROR) -> Iterator[None]:
-    """Raise a UserError, "what (error)" and the advice, in place of such errors in the block."""
+    """Raise UserError, with "what (error)" and the advice, in place of these errors."""
     try:
         yield
     except UserError:
@@ -63,10 +62,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write `path` whole or not at all, also across a power cut; raises OSError.
-
-    With `previous`, the old content of `path` is kept under that name.
-    """
+    """Write `path` whole or not at all, also in a power cut; keep the old file as `previous`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -76,9 +72,8 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
     # A rename is on the disk once its directory is, which some network file systems cannot sync.
     if os.name == "posix":
         directory = os.open(path.parent, os.O_RDONLY)
@@ -99,23 +94,22 @@ def load_tensors(path: Path | str) -> dict:
 
     Raises UserError if it cannot be read, and DamagedFile if it is not whole or not a plain dict.
     """
-    has_checksums = False
+    is_whole = False
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            has_checksums = _verify_checksums(file)
+            is_whole = _verify_checksums(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     # A damaged file can raise anything. An errno is about the disk, except EIO, of a bad sector.
     except Exception as error:
-        if has_checksums and is_out_of_memory(error):
+        if is_whole and is_out_of_memory(error):
             raise UserError(f"{path}: asks for more memory than there is") from error
         if isinstance(error, OSError) and error.errno not in (None, errno.EIO):
             raise UserError(f"{path}: cannot be read ({error.strerror.lower()})") from error
-        if has_checksums and isinstance(error, pickle.UnpicklingError):
-            raise DamagedFile(f"{path}: refused, for it holds more than tensors, numbers, strings, "
-                              "lists and dicts, and reading that could execute code") from error
-        raise DamagedFile(f"{path}: not a PyTorch file, or a damaged one "
-                          f"({type(error).__name__})") from error
+        reason = f"not a PyTorch file, or a damaged one ({type(error).__name__})"
+        if is_whole and isinstance(error, pickle.UnpicklingError):
+            reason = "refused, for it holds more than tensors and plain values, and could run code"
+        raise DamagedFile(f"{path}: {reason}") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     return content
@@ -129,25 +123,22 @@ def _verify_checksums(file: io.BufferedReader) -> bool:
     if not file.peek(4).startswith(b"PK\x03\x04"):
         return False
     with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        names = {entry.filename.lower() for entry in entries}
         # torch.save never compresses. torch.load leaves the numbers of an entry that is marked as
         # a directory uninitialised, ignores the case of names, and takes the first of two.
-        is_odd = any(entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 0x10
-                     for entry in entries)
-        if is_odd or len(names) < len(entries) or archive.testzip():
+        sound = {entry.filename.lower() for entry in archive.infolist()
+                 if entry.compress_type == zipfile.ZIP_STORED and not entry.external_attr & 0x10}
+        if len(sound) < len(archive.infolist()) or archive.testzip():
             raise zipfile.BadZipFile("not as torch.save wrote it")
     file.seek(0)
     return True
 
 
-def try_lock(file: Any) -> bool:  # noqa: ANN401, an open file or its descriptor
+def try_lock(file: io.IOBase | int) -> bool:
     """Lock an open file until it is closed, also by a kill; return False if another has it."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass  # Windows and some cluster file systems have no such locks
+    except (ImportError, OSError) as error:
+        # Windows and some cluster file systems have no such locks.
+        return not isinstance(error, BlockingIOError)
     return True

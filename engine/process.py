@@ -15,22 +15,16 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+import utils
 from engine.runtime import launched, process_rank
-from utils import (
-    AGAIN,
-    FAILED,
-    LEFT_ALONE,
-    STOP_SIGNALS,
-    STOPPED,
-    USER_ERROR,
-    UserError,
-    is_out_of_memory,
-    log,
-    one_line,
-)
+from utils import FAILED, USER_ERROR, UserError, log, one_line
 
 # How CUDA and its libraries name faults of the GPU or its driver; most others are of the program.
 GPU_FAULTS = "launch failure|EXECUTION_FAILED|uncorrectable ECC"
+# Harmless warnings of torch: fp16 may skip the first step, a side of length one has any stride,
+# torch 2.10 lacks the new name of broadcast_buffers, and Python 3.13.0 compiles less well.
+HARMLESS = ("Detected call of .lr_scheduler.step|Grad strides do not match bucket view|"
+            ".broadcast_buffers. is deprecated|Guards may run slower on Python 3.13.0")
 
 
 def command_line() -> tuple[Path, list[str]]:
@@ -45,23 +39,15 @@ def given(*flags: str) -> bool:
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`, then exit: with status 0, or with one line on stderr and the error's status."""
+    warnings.filterwarnings("ignore", HARMLESS)
     # File names can hold characters that stdout cannot show; stdout may be closed, or not a file.
     with contextlib.suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Four warnings of torch that a user can ignore. In fp16 the first step may be skipped, which
-    # looks like a wrong order of calls. Strides of 1x1 convolutions may differ in sides of length
-    # one. The new name of broadcast_buffers is unknown to torch 2.10. And compiled code is a little
-    # slower on Python 3.13.0.
-    for message in ("Detected call of .lr_scheduler.step", "Grad strides do not match bucket view",
-                    ".broadcast_buffers. is deprecated", "Guards may run slower on Python 3.13.0"):
-        warnings.filterwarnings("ignore", message)
     # With --predict stdout holds the predictions alone, for a file or a pipe.
-    stream = sys.stderr if given("--predict") else sys.stdout
-    log.addHandler(logging.StreamHandler(stream))
+    log.addHandler(logging.StreamHandler(sys.stderr if given("--predict") else sys.stdout))
     log.setLevel(logging.WARNING if process_rank() else logging.INFO)
-    # A full disk under the log must not end the training.
-    logging.raiseExceptions = False
-    for stop_signal in STOP_SIGNALS:
+    logging.raiseExceptions = False  # a full disk under the log must not end the training
+    for stop_signal in utils.STOP_SIGNALS:
         signal.signal(stop_signal, _stop_before_first_step)
     message, status = "", 0
     try:
@@ -73,8 +59,7 @@ def run_script(main: Callable[[], None]) -> None:
         # Each rank reports its own input errors. What stops all ranks is reported by rank 0.
         if process_rank() and isinstance(error, UserError) and status != USER_ERROR:
             message = ""
-    if _in_group() and status in (0, STOPPED):
-        # Wait until every rank is done, or has failed.
+    if _in_group() and status in (0, utils.STOPPED):  # wait until every rank is done or has failed
         with contextlib.suppress(RuntimeError):
             dist.all_reduce(torch.zeros(1))
     _exit_with(message, status)
@@ -82,17 +67,17 @@ def run_script(main: Callable[[], None]) -> None:
 
 def explain(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit status for `error`; raises it if it is a fault of the code."""
-    if isinstance(error, UserError):
-        return one_line(error), error.status
     trains = not given("--eval-only", "--predict")
     smaller = ": try a smaller --batch-size" if trains else ""
+    if isinstance(error, UserError):
+        return one_line(error), error.status
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory{smaller or ': try --device cpu'}", USER_ERROR
-    if is_out_of_memory(error):
+    if utils.is_out_of_memory(error):
         return f"out of memory{smaller}", USER_ERROR
     # Only the first line is for the user: torch's advice to programmers follows.
     if failure := re.match(f"(CUDA|cuDNN) error.*({GPU_FAULTS}).*", str(error)):
-        again = f"; {AGAIN} goes on" if trains else ""
+        again = f"; {utils.AGAIN} goes on" if trains else ""
         return f"the GPU failed ({failure[0]}){again}", FAILED
     if isinstance(error, OSError):
         return f"cannot go on: {error}", FAILED
@@ -106,7 +91,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         raise error
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         # The cause stands at the end of NCCL's message.
-        return f"another rank has ended ({one_line(error)[-200:]})", LEFT_ALONE
+        return f"another rank has ended ({one_line(error)[-200:]})", utils.LEFT_ALONE
     # The interpreter's own end could wait forever for kernels that are under way.
     traceback.print_exception(error)
     return "a fault of the program; its traceback stands above", FAILED
@@ -114,34 +99,30 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def _exit_with(message: str, status: int) -> NoReturn:
     # Ignore signals during shutdown: one would kill a finished run.
-    for stop_signal in STOP_SIGNALS:
+    for stop_signal in utils.STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
     if message:
         rank = f" (rank {process_rank()})" if process_rank() else ""
         # The disk under stderr may be full; the status still counts.
         with contextlib.suppress(OSError):
             print(f"{command_line()[0].name}{rank}: {message}", file=sys.stderr, flush=True)
-    # torchrun turns any status but 0 into 1 and prints a traceback. It must do so only on the node
-    # of the rank that failed: by that the job file tells an error from a lost node.
-    if status in (STOPPED, LEFT_ALONE) and launched():
+    # torchrun turns every status but 0 into 1, by which the job file finds the node that failed.
+    if launched() and status in (utils.STOPPED, utils.LEFT_ALONE):
         status = 0
-    try:
-        # RuntimeError: a signal came while a line was being written. AttributeError: no stdout.
-        with contextlib.suppress(RuntimeError, AttributeError):
+    # RuntimeError: a signal came while a line was being written. AttributeError: no stdout.
+    with contextlib.suppress(RuntimeError, AttributeError):
+        try:
             sys.stdout.flush()
-    except OSError:
-        # A full disk or a closed pipe, which the interpreter would report once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:  # a full disk or a closed pipe; the interpreter would report it once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if _in_group():
-        # gloo's threads sometimes abort during the interpreter's own shutdown.
-        sys.stderr.flush()
-        os._exit(status)
+        os._exit(status)  # gloo's threads sometimes abort during the interpreter's own shutdown
     sys.exit(status)
 
 
 def _stop_before_first_step(signum: int, _frame: object) -> NoReturn:
     _exit_with(f"{signal.Signals(signum).name}: stopped before the first step; start the same "
-               "command again", STOPPED)
+               "command again", utils.STOPPED)
 
 
 def _in_group() -> bool:

@@ -2,7 +2,6 @@
 
 import ctypes
 import datetime
-import math
 import os
 import platform
 import re
@@ -17,8 +16,11 @@ from torch import nn
 from utils import UserError, log, one_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A rank with at least so many images has a batch norm of its own, Wu & He 2018, arXiv:1803.08494.
+# A rank with fewer images shares its batch norm with others, Wu & He 2018, arXiv:1803.08494.
 FEW_IMAGES = 32
+# These messages say that torch is too new for the GPU or its driver.
+TOO_NEW = "driver.* too old|no kernel image"
+OLDER = "; install a torch for CUDA 12 (README.md, 'Install'), or say --device cpu"
 
 
 class Runtime(NamedTuple):
@@ -45,24 +47,19 @@ class Runtime(NamedTuple):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def place(self, model: nn.Module, batch_size: int = 0) -> nn.Module:
-        """Move `model` to the device, and compile it in place; its state_dict stays the same.
-
-        Batch norm uses each rank's own images, if its share of `batch_size` is large enough.
-        """
-        # SyncBatchNorm, made in place, waits for the device three times a layer, so it is used
-        # only if a rank has few images. The CPU does not have it.
+        """Move `model` to the device, and compile it in place; its state_dict stays the same."""
+        # SyncBatchNorm waits for the device three times a layer. The CPU does not have it.
         is_few = self.ranks > 1 and 0 < batch_size < FEW_IMAGES * self.ranks
         if self.device.type == "cuda" and is_few:
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # Batch norms count their batches: on the host, without a kernel, unless compiled.
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+        # Unless compiled, batch norms count their batches on the host, which takes no kernel.
         counters = [(module, module.num_batches_tracked) for module in model.modules()
-                    if hasattr(module, "num_batches_tracked")]
+                    if hasattr(module, "num_batches_tracked") and not self.compile]
         model.to(self.device, memory_format=torch.channels_last)
+        for module, counter in counters:
+            module.num_batches_tracked = counter
         if self.compile:
             model.compile(dynamic=False)
-        else:
-            for module, counter in counters:
-                module.num_batches_tracked = counter
         return model
 
     def reduce(self, values: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
@@ -98,20 +95,20 @@ class Runtime(NamedTuple):
 
 
 def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
-    """Set up this process for these flags and return its Runtime; raises UserError.
-
-    CUDA then computes the same bits each time, so that a resumed run ends as it would have.
-    """
+    """Set up this process for these flags and return its Runtime; raises UserError."""
     device = find_device(device)
     dtype = fastest_dtype(device) if precision == "auto" else PRECISIONS[precision]
-    if device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # Have freed blocks reused: at 224 x 224 page faults cost as much as the convolutions.
+        mallopt = ctypes.CDLL(None).mallopt  # see mallopt(3)
+        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
     if device.type == "cuda":
+        # CUDA then computes the same bits each time, so a resumed run ends as it would have.
         torch.backends.cudnn.deterministic = True
         # cuBLAS reads it when it starts; torch asks for it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # An operation without a deterministic kernel warns instead of failing. The compiler no
-        # longer chooses the kernels of reductions by timing them.
+        # An operation without a deterministic kernel only warns. The compiler times no reductions.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")  # TF32, where the chip has it
@@ -126,10 +123,11 @@ def find_device(name: str) -> torch.device:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if caught:
             reason = one_line(caught[0].message)
-            log.info(f"note       the GPU is not used ({reason[:200]}){_remedy(reason)}")
-    if name.startswith("cuda:") and launched():
+            remedy = OLDER if re.search(TOO_NEW, reason) else ""
+            log.info(f"note       the GPU is not used ({reason[:200]}){remedy}")
+    if launched() and name.startswith("cuda:"):
         raise UserError(f"--device {name}: torchrun gives each process a GPU; say --device cuda")
-    if name == "cuda" and launched():
+    if launched() and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -141,15 +139,8 @@ def find_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0][:200]
-        remedy = _remedy(reason) or "; try --device cpu"
+        remedy = OLDER if re.search(TOO_NEW, reason) else "; try --device cpu"
         raise UserError(f"--device {name}: is not available ({reason}){remedy}") from error
-
-
-def _remedy(reason: str) -> str:
-    """Return advice if torch is too new for the GPU or its driver, else an empty string."""
-    if re.search("driver.* too old|no kernel image", reason):
-        return "; install a torch for CUDA 12 (README.md, 'Install'), or say --device cpu"
-    return ""
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -182,22 +173,11 @@ def join_ranks(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu" and hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-    # gloo beside NCCL: what the hosts agree on does not wait for the devices. A node that is gone
-    # is noticed after this time at the latest; torchrun notices at once when a process dies.
+    # The hosts agree by gloo, which does not wait for the devices. A node that is gone is noticed
+    # after the timeout; torchrun notices at once when a process dies.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(minutes=10))
     return dist.get_rank(), dist.get_world_size()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep big blocks for reuse rather than return them to the system at every free.
-
-    At 224 x 224 the page faults cost as much as the convolutions. See mallopt(3).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def peak_memory(device: torch.device) -> float:
@@ -207,6 +187,6 @@ def peak_memory(device: torch.device) -> float:
     try:
         import resource
     except ImportError:  # Windows
-        return math.nan
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024  # bytes: macOS counts them, others count KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
