@@ -6,7 +6,6 @@ The required accuracy is 70 % on the test set. 2 epochs reach 79.8 %, 4 epochs 8
     python finetune_resnet18.py --data-dir PATH --epochs 2        past the required accuracy
     python finetune_resnet18.py --dataset synthetic --weights random --image-size 64   without data
     python finetune_resnet18.py --eval-only --data-dir PATH       report on a model.pt
-    python finetune_resnet18.py --predict tiger.jpg               what is it?
 
 The weights are the file that --weights names, or the course's or torchvision's file beside this
 script or in torch's cache, or else torchvision's own download. With --optimizer sgd --lr is 0.003.
@@ -100,6 +99,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def main() -> None:
+    """Data, model, optimizer, schedule, loop."""
     args = parse_args()
     runtime = choose_runtime(args.device, args.precision, args.compile)
     torch.manual_seed(args.seed)

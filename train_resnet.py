@@ -6,7 +6,6 @@ The required accuracy is 60 % on the test set. 5 epochs reach 66 %, 20 epochs 74
     python train_resnet.py --data-dir PATH --epochs 5          to the required accuracy
     python train_resnet.py --dataset synthetic --epochs 2      without data: does it run here?
     python train_resnet.py --eval-only --data-dir PATH         report on a model.pt
-    python train_resnet.py --predict tiger.jpg                 what is it?
 
 Some defaults depend on other flags: up to 10 epochs --crop-padding is 2 and --cutmix 0, from 40
 epochs on --trivial-augment is 0.5, with --optimizer sgd --lr is 0.2 and --weight-decay 0.0005.
@@ -101,6 +100,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def main() -> None:
+    """Data, model, optimizer, schedule, loop."""
     args = parse_args()
     runtime = choose_runtime(args.device, args.precision, args.compile)
     torch.manual_seed(args.seed)

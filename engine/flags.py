@@ -54,8 +54,10 @@ class Parser(argparse.ArgumentParser):
         add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
         add("--overwrite", action="store_true", help="replace the run that is in --output-dir")
         add = output.add_mutually_exclusive_group().add_argument
-        add("--eval-only", action="store_true", help="test the run's model.pt; write a report")
-        add("--predict", nargs="+", type=Path, metavar="PICTURE", help="classify these, or folders")
+        add("--eval-only", action="store_true",
+            help="only test the model.pt in --output-dir; write test-report.md and its pictures")
+        add("--predict", nargs="+", type=Path, metavar="PICTURE",
+            help="only classify pictures, or folders of them, with that model.pt")
         add = output.add_argument
         add("--tensorboard", action="store_true", help="write DIR/tensorboard, too")
         add("--debug", action="store_true", help="show the traceback of an error")
@@ -64,7 +66,8 @@ class Parser(argparse.ArgumentParser):
         add("--compile", action="store_true", help="torch.compile, for runs of an hour on CUDA")
         add("--checkpoint-minutes", type=bounded(float, 0), default=10, metavar="M",
             help="save every M minutes within an epoch, beside its end")
-        add("--max-minutes", type=bounded(float, 0.001), metavar="M", help="save and stop within M")
+        add("--max-minutes", type=bounded(float, 0.001), metavar="M",
+            help="save and stop with exit status 75 before M minutes are over (batch jobs)")
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError, for one line with hints, instead of printing the usage and exiting."""
@@ -110,15 +113,21 @@ def _add_recipe(add: Callable) -> None:
     add("--optimizer", choices=("muon", "sgd"), help="of the convolutions; SGD trains the rest")
     add("--lr", type=bounded(float, 1e-9), help="peak rate; with Muon, that of the convolutions")
     add("--weight-decay", type=bounded(float, 0), help="in part 1 with Muon, of the convolutions")
-    add("--low-res", type=share, metavar="F", help="fraction of epochs, the first, on small images")
+    add("--low-res", type=share, metavar="F",
+        help="the first epochs train on small images: this fraction, rounded down")
     add("--label-smoothing", type=share, metavar="P", help="probability spread over all classes")
-    add("--cutmix", type=share, metavar="P", help="probability of CutMix, off in the last epochs")
-    add("--trivial-augment", type=share, metavar="S", help="strength of TrivialAugment; 0 is off")
+    add("--cutmix", type=share, metavar="P",
+        help="probability that an image gets a box of another one; off in the last epochs")
+    add("--trivial-augment", type=share, metavar="S",
+        help="strength of one random change of shape or colour for each image; 0 is off")
     add("--seed", type=bounded(int, 0, 2**63 - 1), default=0, help="of all random numbers")
     add("--max-steps", type=bounded(int, 1), metavar="N", help="end, fully annealed, after N steps")
-    add("--dataset", choices=("cifar100", "synthetic"), default="cifar100", help="real or made up")
-    add("--val-size", type=bounded(int, 0), default=0, metavar="N", help="training images held out")
-    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: the fastest here")
+    add("--dataset", choices=("cifar100", "synthetic"), default="cifar100",
+        help="synthetic: made-up images of 100 classes, which need no file")
+    add("--val-size", type=bounded(int, 0), default=0, metavar="N",
+        help="hold out N training images, as many of each class, to choose settings by")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="auto: bf16 where the chip computes in it, else fp16 on CUDA, else fp32")
 
 
 def _read_trained(directory: Path, script: str) -> dict:

@@ -26,6 +26,11 @@ def pytest_configure():
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Have two processes run the quick tests, but one the others, of which some use Slurm."""
+    return 2 if config.option.markexpr == "not slow" else 0
+
+
 @pytest.fixture
 def runtime():
     """The CPU in float32, one process."""

@@ -133,10 +133,11 @@ def test_damaged_data_load_equal_or_are_refused_in_one_line(tmp_path, few, kind,
     assert min(counts["refused"], counts["equal"] + counts["changed"]) > 0, "both were tried"
 
 
-@pytest.mark.parametrize("count", marked([200], [400]))
+@pytest.mark.parametrize("count", marked([100], [400]))
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_damaged_weights_load_equal_or_are_refused_in_one_line(tmp_path, kind, count):
     """The zip format has checksums; in that from before PyTorch 1.6 numbers may change."""
+    torch.manual_seed(0)
     model, path = torch.nn.Linear(4, 3), tmp_path / "weights.pth"
     state = {name: value.clone() for name, value in model.state_dict().items()}
     torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
@@ -153,8 +154,9 @@ def test_damaged_weights_load_equal_or_are_refused_in_one_line(tmp_path, kind, c
         loaded.append(edits)
 
     fuzz(count, KINDS)(check)()
-    print(f"{kind}: {len(loaded)} of {count} load")
-    assert 0 < len(loaded) < count / 2
+    fuzz(count, ["overwrite"])(check)()
+    print(f"{kind}: {len(loaded)} of {2 * count} load")
+    assert 0 < len(loaded) < count
 
 
 @pytest.mark.parametrize("bits", marked([[4]], [range(8)]))
