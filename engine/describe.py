@@ -1,7 +1,8 @@
 """Describe a run: its config.json, and the first lines of its log."""
 
-import argparse
 import platform
+from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,31 +11,28 @@ from torch import nn
 from data import Dataset
 from engine.optim import cutmix_by_epoch
 from engine.runtime import Runtime
-from report.runs import describe_code, name_of_code
-
-# The namespace holds these beside the flags; see engine.flags.Parser.read.
-NOT_SETTINGS = ("recipe", "trained", "script", "command", "began")
+from report import runs
 
 
-def header(args: argparse.Namespace, runtime: Runtime, dataset: Dataset,
-           model: nn.Module) -> dict[str, str]:
+def header(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module) -> dict:
     """Return the first lines of a log, by their first word: command, device, data and network."""
     val = f", {len(dataset.val.labels):,} validation" if dataset.val else ""
-    parameters = sum(p.numel() for p in model.parameters())
     return {"command": args.command, "device": f"{runtime}, torch {torch.__version__}",
             "data": f"{dataset.name}: {len(dataset.train.labels):,} training{val} and "
                     f"{len(dataset.test.labels):,} test images, {dataset.source}",
-            "network": f"{type(model).__name__}, {parameters:,} parameters"}
+            "network": "{name}, {parameters:,} parameters".format(**network(model))}
 
 
-def config(args: argparse.Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module,
+def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module,
            required: float, plan: dict[str, str]) -> dict:
     """Return the content of config.json; `plan` has lines of the log that no flag shows."""
+    # They stand beside the flags; see engine.flags.Parser.read.
+    not_flags = ("recipe", "trained", "script", "command", "began")
     settings = {name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(args).items() if name not in NOT_SETTINGS}
+                for name, value in vars(args).items() if name not in not_flags}
     settings["precision"] = runtime.precision
-    code, lines = describe_code(), header(args, runtime, dataset, model)
-    lines["code"] = name_of_code(code).removeprefix("code ")
+    code, lines = runs.describe_code(), header(args, runtime, dataset, model)
+    lines["code"] = runs.name_of_code(code).removeprefix("code ")
     lines["recipe"] = ", ".join(
         f"{name.replace('_', ' ')} {settings[name]}" for name in (*args.recipe, "weights")
         if settings.get(name) is not None and settings[name] is not False)
@@ -47,32 +45,24 @@ def config(args: argparse.Namespace, runtime: Runtime, dataset: Dataset, model: 
             "in_words": lines | plan}
 
 
-def plan(args: argparse.Namespace, optimizer: torch.optim.Optimizer, sizes: list[int],
-         total_steps: int, steps_per_epoch: int, augmentation: object) -> dict[str, str]:
+def plan(args: Namespace, optimizer: torch.optim.Optimizer, sizes: list[int],
+         total_steps: int, steps_per_epoch: int, augment: object) -> dict[str, str]:
     """Return log lines for facts that no flag shows, keyed by their first word."""
     groups = []
     for group in optimizer.param_groups:
         count = sum(parameter.numel() for parameter in group["params"])
-        kind, rate = group.get("kind", "SGD"), group.get("max_lr", group["lr"])
-        groups.append(f"{kind} of {count:,} weights at rate {rate:g}, decay "
-                      f"{group['weight_decay']:g}")
-    by_size = []
-    for size in dict.fromkeys(sizes):
-        first, count = sizes.index(size) + 1, sizes.count(size)
-        epochs = f"epochs {first} to {first + count - 1}" if count > 1 else f"epoch {first}"
-        by_size.append(f"{size}px in {epochs}")
+        groups.append(f"{group.get('kind', 'SGD')} of {count:,} weights at rate "
+                      f"{group.get('max_lr', group['lr']):g}, decay {group['weight_decay']:g}")
+    epochs = [f"{count} epochs of {size}px" for size, count in Counter(sizes).items()]
     changes = ["crop", "flip"]
     if args.cutmix:
         mixed = cutmix_by_epoch(len(sizes), args.cutmix)
         changes.append(f"CutMix until epoch {len(mixed) - mixed.count(0)}")
-    if args.trivial_augment:
-        changes.append(f"TrivialAugment {args.trivial_augment:g}")
-    if augmentation:
-        changes.append(getattr(augmentation, "__name__", "AUGMENT"))
-    return {"optimizer": "; ".join(groups),
+    if augment:
+        changes.append(getattr(augment, "__name__", "AUGMENT"))
+    return {"optimizer": "; ".join(groups), "output": str(args.output_dir),
             "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
-            "images": f"{', '.join(by_size)}; random {', '.join(changes)}",
-            "output": str(args.output_dir)}
+            "images": f"{', '.join(epochs)}; random {', '.join(changes)}"}
 
 
 def network(model: nn.Module) -> dict:
@@ -84,5 +74,5 @@ def network(model: nn.Module) -> dict:
         if isinstance(layer, nn.Sequential) and len(parts) == 1:
             kind = f"{len(layer)} x {parts.pop()}"
         layers.append([name, kind, sum(p.numel() for p in layer.parameters())])
-    total = sum(p.numel() for p in model.parameters())
-    return {"name": type(model).__name__, "parameters": total, "layers": layers}
+    return {"name": type(model).__name__, "layers": layers,
+            "parameters": sum(p.numel() for p in model.parameters())}

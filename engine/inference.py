@@ -1,34 +1,32 @@
 """Use a finished model: test it, or classify pictures with it."""
 
-import argparse
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import data
 from cifar100.classes import CLASS_NAMES
-from engine import describe, weights
+from engine import describe, loop, weights
 from engine.checks import check_outputs
-from engine.loop import infer
 from engine.runtime import Runtime
-from report.evaluation import print_predictions, write_test_report
+from report import evaluation, runs
 from report.log import log_words, progress
-from report.runs import code_has_changed, describe_code
 from utils import UserError, guard, log
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def use(model: nn.Module, args: argparse.Namespace, runtime: Runtime,
-        load_data: Callable[[argparse.Namespace], data.Dataset], stats: data.Stats,
-        batch_size: int, size: int) -> None:
-    """Classify pictures with a run's model.pt, or report on it with the test set.
+def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable,
+        stats: data.Stats, batch_size: int, size: int) -> None:
+    """Load a run's model.pt into `model`; classify pictures, or report on the test set.
 
-    `model` is the network, with any weights; images are `size` x `size` pixels. Raises UserError.
+    Images are `size` x `size` pixels. `load_data(args)` returns a Dataset. Raises UserError.
     """
     runtime = runtime._replace(compile=False)  # which takes longer than one pass over the images
     model = runtime.place(model)
@@ -43,25 +41,20 @@ def use(model: nn.Module, args: argparse.Namespace, runtime: Runtime,
         log_words(describe.header(args, runtime, dataset, model))
         split = dataset.test
     batches = data.Batches(split, batch_size, stats, runtime, size)
-    logits, _ = infer(model, progress(batches, "test", runtime.rank), runtime)
+    logits, _ = loop.infer(model, progress(batches, "test", runtime.rank), runtime)
     if runtime.rank:
         return
-    note = code_has_changed(args.trained.get("code"), describe_code())
+    note = runs.code_has_changed(args.trained.get("code"), runs.describe_code())
     if note and args.trained:
         log.info(note)
     if args.predict:
-        print_predictions(logits, args.trained.get("classes", CLASS_NAMES), files)
+        evaluation.print_predictions(logits, args.trained.get("classes", CLASS_NAMES), files)
     else:
-        write_test_report(logits, dataset, args.output_dir)
+        evaluation.write_test_report(logits, dataset, args.output_dir)
 
 
 def pictures(paths: list[Path]) -> tuple[Tensor, list[Path]]:
-    """Return the user's own pictures, uint8 (N, 3, 32, 32), and their files.
-
-    `paths` are files that pillow reads, or folders of them. Each picture is turned by its EXIF tag,
-    and its largest middle square becomes 32 x 32. Raises UserError if a folder holds none, or one
-    is unreadable.
-    """
+    """Read pictures, and folders of them, as uint8 (N, 3, 32, 32); return them and their files."""
     files = []
     for path in paths:
         inside = sorted(file for file in path.glob("[!.]*")
@@ -73,9 +66,7 @@ def pictures(paths: list[Path]) -> tuple[Tensor, list[Path]]:
 
 
 def _read_picture(file: Path) -> Tensor:
-    """Return one picture, uint8 (3, 32, 32)."""
-    from PIL import Image, ImageOps  # on which torchvision depends
-
+    """Return the middle square of a picture, upright, as uint8 (3, 32, 32)."""
     # A damaged file can raise anything.
     with guard(f"{file}: cannot be read as a picture", Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")

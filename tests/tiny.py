@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import data
+import report.runs
 import utils
 
 SCRIPTS = ("train_resnet", "finetune_resnet18")
@@ -130,8 +131,7 @@ def train(name: str, dataset: data.Dataset, output_dir: Path, *flags,
             patch.setattr(owner, attribute, value)
         # For speed no pictures are drawn, no code is read, and no disk is waited for.
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        for module in ("describe", "inference"):
-            patch.setattr(f"engine.{module}.describe_code", lambda: CODE)
+        patch.setattr(report.runs, "describe_code", lambda: CODE)
         patch.setattr(utils.log, "handlers", [*utils.log.handlers])
         patch.setattr(os, "fsync", lambda _: None)
         try:
