@@ -1,30 +1,26 @@
-"""A run's checkpoints: what they hold, how they are written, and which of them are refused."""
+"""A run's files and its checkpoints: what they hold, and which of them are refused."""
 
 import dataclasses
+import json
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import utils
+from data import epoch_seed
 from engine.runtime import Runtime
 from engine.weights import difference
-from utils import (
-    ELSEWHERE,
-    DamagedFile,
-    UserError,
-    guard,
-    is_out_of_memory,
-    load_tensors,
-    one_line,
-    save_tensors,
-)
+from report import evaluation, run_report, runs
+from report.log import files_line, log_words
+from report.write import write_text
+from utils import ELSEWHERE, UserError, guard, log
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
-ORIGIN = ("script", "settings", "torch", "runtime", "data", "network", "code")  # of config.json
 
 
 @dataclasses.dataclass
@@ -53,42 +49,42 @@ class State:
         of_rank = {"sums": self.sums.cpu(), "cpu_rng": torch.get_rng_state(),
                    "cuda_rng": torch.cuda.get_rng_state(runtime.device) if cuda else None,
                    "statistics": [tensor.cpu() for tensor in self.statistics]}
-        return {**{name: config[name] for name in ORIGIN},
-                "position": dataclasses.asdict(self.position), "ranks": runtime.gather(of_rank),
+        return {**config, "position": dataclasses.asdict(self.position),
+                "ranks": runtime.gather(of_rank),
                 **{name: part.state_dict() for name, part in self.trained.items()}}
 
-    def restore(self, checkpoint: dict, runtime: Runtime) -> bool:
-        """Take over a checkpoint; return whether the random numbers of this rank were in it."""
-        for name, part in self.trained.items():
-            part.load_state_dict(checkpoint[name])
+    def restore(self, checkpoint: dict, runtime: Runtime) -> None:
+        """Take over a checkpoint; with another number of ranks the end is not the same bits."""
+        with guard("the checkpoint is of another optimizer", ValueError, f"; {ELSEWHERE}"):
+            for name, part in self.trained.items():
+                part.load_state_dict(checkpoint[name])
         # A momentum that is not laid out in memory as its weight is would slow every step down.
         for weight, buffers in self.trained["optimizer"].state.items():
             for name, buffer in buffers.items():
                 if getattr(buffer, "shape", None) == weight.shape:
                     buffers[name] = torch.empty_like(weight).copy_(buffer)
-        self.position = Position(**checkpoint["position"])
-        ranks = checkpoint["ranks"]
+        self.position, ranks = Position(**checkpoint["position"]), checkpoint["ranks"]
         if len(ranks) != runtime.ranks:
-            # With another number of ranks, rank 0 takes the sums of all, so that they count once.
-            total = sum(of_rank["sums"] for of_rank in ranks)
-            self.sums.copy_(total if runtime.rank == 0 else torch.zeros(3))
-            return False
+            if runtime.rank == 0:  # which takes the sums of all, so that they count once
+                self.sums.copy_(sum(of_rank["sums"] for of_rank in ranks))
+            seed = epoch_seed(checkpoint["settings"]["seed"], self.position.epoch)
+            torch.manual_seed(seed + runtime.rank)
+            return
         of_rank = ranks[runtime.rank]
         self.sums.copy_(of_rank["sums"])
-        for tensor, value in zip(self.statistics, of_rank["statistics"], strict=False):
+        for tensor, value in zip(self.statistics, of_rank["statistics"], strict=True):
             tensor.copy_(value)
         torch.set_rng_state(of_rank["cpu_rng"])
         if of_rank["cuda_rng"] is not None and runtime.device.type == "cuda":
             torch.cuda.set_rng_state(of_rank["cuda_rng"], runtime.device)
-        return True
 
     def check(self, path: Path, checkpoint: dict, config: dict) -> None:
         """Raise UserError if a checkpoint is of another run than `config` describes."""
         before, now = checkpoint["settings"], config["settings"]
         if checkpoint["script"] != config["script"]:
             raise UserError(f"{path}: written by {checkpoint['script']}.py; {ELSEWHERE}")
-        fields = {field.name for field in dataclasses.fields(Position)}
-        if set(checkpoint["position"]) != fields or not set(config["recipe"]) <= set(before):
+        has_position = checkpoint["position"].keys() == vars(self.position).keys()
+        if not has_position or not before.keys() >= set(config["recipe"]):
             raise UserError(f"{path}: of older code; finish it with that, or {ELSEWHERE}")
         changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
                    for name in config["recipe"] if now[name] != before[name]]
@@ -99,57 +95,88 @@ class State:
             raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
         if misfit := difference(checkpoint["model"], self.trained["model"].state_dict()):
             raise UserError(f"{path}: of another network: {misfit}; {ELSEWHERE}")
-        ours, saved = ([len(group["params"]) for group in optimizer["param_groups"]] for optimizer
-                       in (self.trained["optimizer"].state_dict(), checkpoint["optimizer"]))
-        if ours != saved:
-            raise UserError(f"{path}: of another optimizer, with groups of {saved} weights, not "
-                            f"{ours}; {ELSEWHERE}")
 
 
-class Checkpoints:
-    """checkpoint.pt in an output directory, and the checkpoint before it."""
-
-    def __init__(self, directory: Path):
-        self.newest, self.previous = (directory / name for name in CHECKPOINTS)
-
-    def save(self, checkpoint: dict) -> None:
-        """Write a checkpoint; raises OSError if that fails, and leaves the old ones."""
-        save_tensors(self.newest, checkpoint, self.previous)
-
-    def load(self, use: Callable[[Path, dict], None]) -> tuple[Path, dict, list[str]] | None:
-        """Call `use(path, checkpoint)` with the newest whole checkpoint, if there is one.
-
-        Return both, and a message for each newer file that is damaged. If `use` fails otherwise
-        than by a UserError or for want of memory, the file is damaged, too. Raises UserError if
-        there are files and none is whole.
-        """
-        damaged = []
-        for path in filter(Path.exists, (self.newest, self.previous)):
-            try:
-                checkpoint = load_tensors(path)
-                _use(use, path, checkpoint)
-            except DamagedFile as error:
-                damaged.append(str(error))
-                continue
-            if path == self.previous:
-                # Promote it, or the next save would keep the damaged file as the previous one.
-                os.replace(path, self.newest)
-            return path, checkpoint, damaged
-        if damaged:
-            raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
-        return None
+def open_directory(directory: Path, state: State, config: dict, resume: bool,
+                   overwrite: bool) -> tuple[IO, dict | None]:
+    """Take over the output directory; return its lock, for the run to keep, and any checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = (directory / ".lock").open("a")
+    if not utils.try_lock(lock):
+        raise UserError(f"{directory}: another process is at work on this run")
+    # Check again, for loading the data took a while.
+    check_output_dir(directory, resume, overwrite, use_model=False)
+    found, problem = load(directory, state, config) if resume else (None, "")
+    if not found:
+        for name in (*RUN_FILES, *run_report.RUN_REPORTS, *evaluation.TEST_REPORTS):
+            (directory / name).unlink(missing_ok=True)
+    log.addHandler(logging.FileHandler(directory / "log.txt", errors="replace"))
+    if problem:
+        log.info(f"warning    {problem}; the checkpoint before it is used")
+    return lock, found
 
 
-def _use(use: Callable[[Path, dict], None], path: Path, checkpoint: dict) -> None:
+def load(directory: Path, state: State, config: dict) -> tuple[dict | None, str]:
+    """Return the newest whole checkpoint, and how a newer one is damaged; raises UserError."""
+    newest, previous = (directory / name for name in CHECKPOINTS)
+    damaged = []
+    for path in filter(Path.exists, (newest, previous)):
+        try:
+            checkpoint = utils.load_tensors(path)
+        except utils.DamagedFile as error:
+            damaged.append(str(error))
+            continue
+        with guard(f"{path}: not a checkpoint", Exception, "; --overwrite starts again"):
+            state.check(path, checkpoint, config)
+        if path == previous:
+            # Else the next save would keep a damaged file as the previous one.
+            os.replace(previous, newest)
+        return checkpoint, "".join(damaged)
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
+    return None, ""
+
+
+def log_start(directory: Path, found: dict | None, config: dict) -> None:
+    """Log what the run is and where it goes on; write config.json if it is new or of new code."""
+    log_words(config["in_words"])
+    if found:
+        position = Position(**found["position"])
+        log.info(f"resume     after {position.epoch} epochs and {position.step} steps")
+        before, now = (f"{of['runtime']}, torch {of['torch']}" for of in (found, config))
+        if before != now:
+            log.info(f"note       it comes from {before}: the end will not be the same bits")
+        note = runs.code_has_changed(found["code"], config["code"])
+        if not note or (position.epoch and position.epoch == position.history[-1]["epochs"]):
+            config["code"] = found["code"]
+            return
+        log.info(note)
+        # From now on the run is of both versions.
+        modules = f"{found['code']['modules']} then {config['code']['modules']}"
+        config["code"] |= {"changed": True, "modules": modules}
+        config["in_words"]["code"] = f"changed while it was trained: {modules}"
+    elif config["settings"]["resume"]:
+        log.info(f"resume     no checkpoint in {directory}, so the run begins")
+    write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def save(directory: Path, checkpoint: dict) -> None:
+    """Write checkpoint.pt and metrics.csv; raises OSError if there is no new checkpoint."""
+    newest, previous = (directory / name for name in CHECKPOINTS)
+    utils.save_tensors(newest, checkpoint, previous)
     try:
-        use(path, checkpoint)
-    except (UserError, OSError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:  # what is no checkpoint can raise anything
-        if is_out_of_memory(error):
-            raise UserError(f"{path}: asks for more memory than there is") from error
-        reason = f"not a whole checkpoint of this script ({one_line(error)[:200]})"
-        raise DamagedFile(f"{path}: {reason}") from error
+        runs.write_metrics(directory, checkpoint["position"]["history"])
+    except OSError as error:
+        log.info(f"warning    metrics.csv not written ({error}); the next save tries again")
+
+
+def write_results(directory: Path, model: nn.Module, history: list[dict]) -> None:
+    """Write model.pt, the report, and metrics.csv, which a kill can leave old; raises OSError."""
+    runs.write_metrics(directory, history)
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    utils.save_tensors(directory / "model.pt", weights)
+    run_report.write_run_report(directory, history)
+    log.info(files_line(directory, (*RUN_FILES, *run_report.RUN_REPORTS)))
 
 
 def exists(directory: Path) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import data
 from cifar100.classes import CLASS_NAMES
 from engine import describe, loop, weights
-from engine.checks import check_outputs
+from engine.run import check_outputs
 from engine.runtime import Runtime
 from report import evaluation, runs
 from report.log import log_words, progress

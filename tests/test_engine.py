@@ -114,7 +114,7 @@ def test_nothing_waits_for_the_gpu_within_an_epoch(name, make_run, monkeypatch):
             runtime = Runtime(torch.device("meta"), torch.float32)
             run, batches = make_run(name, runtime, steps, "--output-dir", steps)
             for size, cutmix in ((low, 0), (full, 0), (full, 0.5)):
-                run.position.step, batches.strength = 0, cutmix
+                run.state.position.step, batches.strength = 0, cutmix
                 drawn = batches.shuffled(0, 0, 0, size, cutmix)
                 train_one_epoch(run, drawn, train_step)
             batches.size = full
@@ -192,7 +192,7 @@ def test_a_step_of_part_1_launches_few_kernels(make_run, monkeypatch):
     monkeypatch.setattr(run.optimizer, "step", phases["Muon"].counting(run.optimizer.step))
     train_one_epoch(run, batches.shuffled(0, 0, 0, 20), train_step)  # also makes the momentum
     before = {name: phase.count for name, phase in phases.items()}
-    run.position.step = 0
+    run.state.position.step = 0
     with Launches() as whole:
         train_one_epoch(run, batches.shuffled(0, 0, 0, 20), train_step)
     counts = {name: (phase.count - before[name]) // 9 for name, phase in phases.items()}
@@ -357,25 +357,25 @@ def test_the_eta_knows_small_images_short_epochs_and_evaluations(runtime, make_r
     for (low, full), factor in (((20, 32), 1.96), ((112, 224), 3.2)):
         run.sizes = [low, low, full]
         run.state.position = Position(step=2, seconds=80, train_seconds=50)
-        run.clock.steps, run.clock.is_first_epoch = [70.0, 25.0], True
+        run.clock.steps = [70.0, 25.0]
         run.end_epoch({"train": Metrics(1, 0.5, 0.5, 500)})
         expected = (50 + 30) + (50 * factor / 2 + 30)
-        (row,) = run.position.history
+        (row,) = run.state.position.history
         assert row["eta_seconds"] == pytest.approx(expected, rel=0.05)
         assert (row["images_per_second"], row["seconds"], row["image_size"]) == (10, 80, low)
 
 
-def test_the_rate_leaves_out_the_first_step_of_each_start(runtime, make_run, monkeypatch):
+def test_the_rate_leaves_out_the_first_step_of_each_epoch(runtime, make_run, monkeypatch):
     """In which libraries start and the network is compiled; an epoch of one step has only that."""
     monkeypatch.setattr(Run, "save", lambda run: None)
     monkeypatch.setattr(Clock, "lap", lambda clock: 0)
     run, _ = make_run("train_resnet", runtime, 4, "--epochs", 2, "--low-res", 0.5)
-    for steps, first, seconds in (([60, 1, 3], True, 2), ([60], True, 60), ([1, 3], False, 2),
-                                  ([], True, 70 / 4)):  # resumed after the training
+    # The last of these was resumed after its training.
+    for steps, seconds in (([60, 1, 3], 2), ([60], 60), ([], 70 / 4)):
         run.state.position = Position(step=4, seconds=90, train_seconds=70)
-        run.clock.steps, run.clock.is_first_epoch = steps, first
+        run.clock.steps = steps
         run.end_epoch({"train": Metrics(1, 0.5, 0.5, 100)})
-        (row,) = run.position.history
+        (row,) = run.state.position.history
         assert row["images_per_second"] == pytest.approx(100 / (4 * seconds))
         # Evaluation takes 20 of the 90 seconds.
         assert row["eta_seconds"] == pytest.approx(4 * seconds * (32 / 20) ** 1.6 + 20)
@@ -385,7 +385,7 @@ def test_a_step_is_timed_from_its_batch_on(runtime, make_run):
     run, batches = make_run("train_resnet", runtime, 3)
     train_one_epoch(run, batches.shuffled(0, 0, 0, 8), train_step)
     assert len(run.clock.steps) == 3 and min(run.clock.steps) > 0
-    assert sum(run.clock.steps) < run.position.train_seconds
+    assert sum(run.clock.steps) < run.state.position.train_seconds
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -395,7 +395,7 @@ def test_only_a_terminal_gets_a_progress_bar(runtime, make_run, monkeypatch, ter
     stderr.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", stderr)
     run, batches = make_run("train_resnet", runtime, 5)
-    run.position.step = 2
+    run.state.position.step = 2
     train_one_epoch(run, batches.shuffled(0, 0, 2, 8), train_step)
     assert ("epoch 1 train:  40%" in stderr.getvalue()) is terminal
     assert len(list(run.watch(batches, "test"))) == 5

@@ -16,8 +16,8 @@ ORDER = (
     "report.log", "report.write", "report.runs", "report.curves", "report.run_report",
     "report.compare", "report.evaluation", "report.tensorboard",
     "engine.runtime", "engine.process", "engine.optim", "engine.clock", "engine.weights",
-    "engine.checkpoint", "engine.checks", "engine.flags", "engine.describe", "engine.output",
-    "engine.run", "engine.loop", "engine.inference",
+    "engine.checkpoint", "engine.flags", "engine.describe", "engine.run", "engine.loop",
+    "engine.inference",
     "train_resnet", "finetune_resnet18")
 FOLDERS = ("cifar100", "engine", "report")
 SCRIPTS = ("train_resnet", "finetune_resnet18")

@@ -288,6 +288,7 @@ def save_statistics(path: Path) -> None:
     """Save the batch norm statistics before and after they are averaged, and a checkpoint's."""
     runtime = choose_cpu()
     run = start_run(runtime, path, 1)
+    run.model.train()
     run.model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(runtime.rank)))
     run.state.sums[2] = 1  # image
     seen = []

@@ -229,7 +229,7 @@ def test_a_disk_full_from_the_start_is_one_line(whole, name, megabytes, tmp_path
     assert process.returncode == 1 and process.stderr.count("\n") == 1
     assert re.search("not all is written .*make room, and the same command with", process.stderr)
     warning = "warning    not saved ([Errno 27] File too large); training goes on, the next save"
-    assert process.stdout.count(warning) == 2, "at the end of each epoch"
+    assert process.stdout.count(warning) == 1, "at the end of the first epoch"
     assert set(contents(tmp_path)) <= {".lock", "config.json", "log.txt", "metrics.csv"}
     run.assert_same_end(run.script(tmp_path), tmp_path)
 
@@ -351,7 +351,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
         warning = r"warning .*checkpoint\.pt: .*; the checkpoint before it is used"
         assert re.search(warning, process.stdout)
         assert re.search(warning, (output_dir / "log.txt").read_text())
-    assert re.search(r"resume     after 1 epochs .* and 0 steps \(.*previous\.pt\)", process.stdout)
+    assert "resume     after 1 epochs and 0 steps\n" in process.stdout
     whole("train_resnet").assert_same_end(process, output_dir)
 
 
@@ -390,7 +390,8 @@ def fail(where: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("where, message, status, says", [
-    ("reading", *NO_MEMORY), ("taking", *NO_MEMORY),
+    ("reading", *NO_MEMORY),
+    ("taking", NO_MEMORY[0], 2, "out of memory: try a smaller --batch-size"),
     ("taking", GPU_FAULT, 1,
      f"the GPU failed ({GPU_FAULT}); the same command with --resume goes on")])
 def test_a_checkpoint_that_memory_or_gpu_cannot_take_is_not_replaced(

@@ -239,7 +239,7 @@ def test_a_run_needs_nothing_that_only_posix_has(small, name, tmp_path):
     assert (stopped.returncode, stopped.stderr.count("\n")) == (75, 1), stopped.stderr
     resumed = script(name, *flags, "--resume", before=enter_windows)
     assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert "1 steps (" in resumed.stdout and "final test accuracy" in resumed.stdout
+    assert "and 1 steps\n" in resumed.stdout and "final test accuracy" in resumed.stdout
 
 
 @one_at_first
