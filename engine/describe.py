@@ -53,7 +53,7 @@ def plan(args: Namespace, optimizer: torch.optim.Optimizer, sizes: list[int],
         count = sum(parameter.numel() for parameter in group["params"])
         groups.append(f"{group.get('kind', 'SGD')} of {count:,} weights at rate "
                       f"{group.get('max_lr', group['lr']):g}, decay {group['weight_decay']:g}")
-    epochs = [f"{count} epochs of {size}px" for size, count in Counter(sizes).items()]
+    epochs = [f"{count} of {size}px" for size, count in Counter(sizes).items()]
     changes = ["crop", "flip"]
     if args.cutmix:
         mixed = cutmix_by_epoch(len(sizes), args.cutmix)
@@ -62,7 +62,7 @@ def plan(args: Namespace, optimizer: torch.optim.Optimizer, sizes: list[int],
         changes.append(getattr(augment, "__name__", "AUGMENT"))
     return {"optimizer": "; ".join(groups), "output": str(args.output_dir),
             "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
-            "images": f"{', '.join(epochs)}; random {', '.join(changes)}"}
+            "images": f"epochs: {', '.join(epochs)}; random {', '.join(changes)}"}
 
 
 def network(model: nn.Module) -> dict:

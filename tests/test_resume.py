@@ -74,10 +74,9 @@ class Whole:
         """Assert that `process` ended as the undisturbed run did, to the bit."""
         assert (process.returncode, process.stderr) == (0, "")
         assert process.stdout.splitlines()[-1] == self.last_line
-        # A kill between the line of an epoch and its save has log.txt tell that epoch twice.
+        # An epoch that was not saved before a kill, or on a full disk, is told twice.
         told = (output_dir / "log.txt").read_text().splitlines()
-        epochs = [line.split()[1] for line in told if "img/s" in line]
-        assert epochs == sorted(epochs) and set(epochs) == {"1/2", "2/2"}
+        assert {line.split()[1] for line in told if "img/s" in line} == {"1/2", "2/2"}
         assert told[-1] == self.last_line
         # One epoch with one save leaves no previous checkpoint. Where matplotlib is hidden, there
         # is no picture.

@@ -68,7 +68,7 @@ def test_the_log_has_header_epoch_line_and_verdict(finished, name):
     assert (process.returncode, process.stderr) == (0, ""), "no bar without a terminal"
     for start in ("command ", "device     CPU", "data       synthetic", "network    ResNet, ",
                   "code       ", "recipe     epochs ", "optimizer  ", "steps      6, 625 an epoch",
-                  "images     1 epochs of 32px; random crop, flip", "output "):
+                  "images     epochs: 1 of 32px; random crop, flip", "output "):
         assert re.search(f"^{start}", process.stdout, re.MULTILINE), start
     assert (output_dir / "log.txt").read_text() == process.stdout
     assert len(EPOCH_LINE.findall(process.stdout)) == 1
