@@ -23,7 +23,7 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     for label, records in groups.items():
         script, _, name = label.partition(", ")
         scripts.setdefault(script, {})[name or "this recipe"] = records
-    figure.set_size_inches(15, 5 * len(scripts))
+    figure.set_size_inches(15, 4 * len(scripts))
     grid = figure.subplots(len(scripts), 3, squeeze=False)
     for panels, (script, named) in zip(grid, scripts.items(), strict=True):
         handles = _draw_groups(panels, named)

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -30,11 +32,14 @@ def write_text(path: Path, text: str) -> None:
 def write_picture(path: Path, caption: str, draw: Callable, *content: object) -> str:
     """Write a figure that `draw(figure, *content)` fills; return its Markdown; raises OSError."""
     png = io.BytesIO()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns that it looks for fonts
     try:
-        from matplotlib.figure import Figure
-        figure = Figure(layout="constrained")
-        draw(figure, *content)
-        figure.savefig(png, format="png", dpi=150)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from matplotlib.figure import Figure
+            figure = Figure(layout="constrained")
+            draw(figure, *content)
+            figure.savefig(png, format="png", dpi=120)
     except Exception as error:  # no picture is worth a run
         remedy = ": pip install 'matplotlib>=3.7'" if isinstance(error, ImportError) else ""
         log.info(f"note       {path.name} is not drawn ({error}){remedy}")
