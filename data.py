@@ -34,14 +34,14 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """The splits, a name for each label, and the place that they come from."""
+    """The splits, a name for each label, and where the images come from."""
 
     name: str  # "cifar100", "synthetic", or one for the user's own images
     train: Split
     test: Split
     class_names: tuple[str, ...]
     source: str
-    val: Split | None = None  # what `hold_out` took from the training set
+    val: Split | None = None  # held-out images: the user's own, or those that `hold_out` moved
     checksum: int = 0  # CRC-32 of all images and labels, which `hold_out` computes
 
     def evaluated(self) -> dict[str, Split]:
@@ -63,10 +63,10 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
     if name == "synthetic":
         return synthetic()
     data_dir = Path(data_dir)
-    with guard(f"{data_dir}: cannot be read", (OSError, MemoryError)):
+    with guard(f"{data_dir}: cannot be read", (OSError, MemoryError, ValueError, TypeError)):
         arrays, names, source = read(find(data_dir) or fetch(url or URL, data_dir, download))
-    splits = (Split(*map(torch.tensor, arrays[split])) for split in ("train", "test"))
-    dataset = Dataset("cifar100", *splits, names, source)
+        train, test = (Split(*map(torch.tensor, arrays[split])) for split in ("train", "test"))
+    dataset = Dataset("cifar100", train, test, names, source)
     check(dataset)
     return dataset
 
@@ -79,7 +79,7 @@ def synthetic(train: int = 50, test: int = 10) -> Dataset:
 
 
 def hold_out(dataset: Dataset, count: int) -> Dataset:
-    """Check a set, add its checksum, and move `count` training images, balanced, to val."""
+    """Check a set, add its checksum, and move `count` balanced training images to val."""
     check(dataset)
     crc = 0
     for tensor in (*dataset.train, *dataset.test, *(dataset.val or ())):
@@ -96,11 +96,11 @@ def hold_out(dataset: Dataset, count: int) -> Dataset:
     if count % classes or per_class >= smallest:
         raise UserError(f"--val-size {count}: must be a multiple of {classes} below "
                         f"{classes * smallest:,}, the same number of images from each class")
-    held = torch.zeros(len(labels), dtype=torch.bool)
+    is_val = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(classes):
-        held[(labels == label).nonzero()[-per_class:]] = True
-    return dataset._replace(train=Split(images[~held], labels[~held]),
-                            val=Split(images[held], labels[held]))
+        is_val[(labels == label).nonzero()[-per_class:]] = True
+    return dataset._replace(train=Split(images[~is_val], labels[~is_val]),
+                            val=Split(images[is_val], labels[is_val]))
 
 
 def check(dataset: Dataset) -> None:
@@ -121,7 +121,7 @@ def check(dataset: Dataset) -> None:
 
 def loaders(dataset: Dataset, batch_size: int, eval_batch: int, stats: Stats, place: Place,
             size: int, **augmentation: float) -> tuple["Batches", dict[str, "Batches"]]:
-    """Return the batches to train on, and by split those to evaluate, of `size` x `size` pixels."""
+    """Return the training batches, and by split the evaluation batches, of `size` pixels a side."""
     train = Batches(dataset.train, batch_size, stats, place, classes=len(dataset.class_names),
                     **augmentation)
     return train, {name: Batches(split, eval_batch, stats, place, size)
@@ -171,14 +171,14 @@ class Batches:
         The weight is that of this rank's share of the batch, if ranks are averaged.
         """
         draws = self._draw(epoch_seed(seed, epoch), cutmix)
-        rows = [len(values) for values in draws.values()]
+        counts = [len(values) for values in draws.values()]
         # One transfer for the whole epoch.
-        table = torch.cat(list(draws.values())).to(self.images.device)  # (3, 5, 8 or 10, count)
+        table = torch.cat(list(draws.values())).to(self.images.device)  # (3 to 10, images)
         for batch in table.split(self.batch_size, dim=1)[start:]:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
             share = share if weight else batch[:, :1]  # all ranks must take a step
-            drawn = dict(zip(draws, share.split(rows), strict=True))
+            drawn = dict(zip(draws, share.split(counts), strict=True))
             labels = self._mixed_labels(drawn) if cutmix else self.labels[drawn["image"][0]]
             yield self._augment(drawn, size), labels, weight
 
@@ -191,7 +191,7 @@ class Batches:
         offsets[1] += self.offsets * torch.randint(2, (count,), generator=generator)
         draws = {"image": order[None], "crop": offsets}
         if cutmix:
-            # The box's area is uniform in 0..1 of the image's. What sticks out is cut off.
+            # The box's area is uniform in 0..1 of the image's. The box is clipped to the image.
             sides = 32 * torch.rand(count, generator=generator).sqrt()
             sides[torch.rand(count, generator=generator) >= cutmix] = 0
             centres = 32 * torch.rand(2, count, generator=generator)
@@ -204,7 +204,7 @@ class Batches:
         return draws
 
     def _augment(self, drawn: dict[str, Tensor], size: int) -> Tensor:
-        """Crop, flip and mix images in one gather; `drawn` is of `_draw`, for these alone."""
+        """Crop, flip and mix images in one gather; `drawn` is this batch's part of `_draw`."""
         (chosen,), (down, right) = drawn["image"], drawn["crop"]
         rows, columns = self.crops[down], self.crops[right]  # (B, 32)
         sources = chosen[:, None, None]
@@ -243,7 +243,7 @@ def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     the greatest change, about that of torchvision's TrivialAugmentWide.
     """
     def only(number: int, value: Tensor) -> Tensor:
-        return (operation == number) * value
+        return torch.where(operation == number, value, 0)
 
     turn = only(5, math.radians(135) * level)
     rows = [turn.cos(), only(1, level) - turn.sin(), only(3, 2 * level),
@@ -253,7 +253,7 @@ def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 
     operation, level = operation.view(-1, 1, 1, 1), level.view(-1, 1, 1, 1)
     grey = rgb_to_grayscale(images)
-    # Toward or away from black, from the pixel's own grey, or from that of the whole image.
+    # Brightness blends with black, saturation with the pixel's grey, contrast with the mean grey.
     start = only(7, grey) + only(8, grey.mean((2, 3), keepdim=True))
     is_blend = (operation >= 6) & (operation <= 8)
     images = torch.where(is_blend, start.lerp(images, 1 + level), images)
@@ -266,5 +266,5 @@ def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 
 
 def epoch_seed(*numbers: int) -> int:
-    """Return 63 well-mixed bits that depend on these numbers, such as seed and epoch, alone."""
+    """Return a 63-bit seed that depends only on these numbers, such as seed and epoch."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

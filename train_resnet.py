@@ -7,8 +7,8 @@ The required accuracy is 60 % on the test set. 5 epochs reach 66 %, 20 epochs 74
     python train_resnet.py --dataset synthetic --epochs 2      without data: does it run here?
     python train_resnet.py --eval-only --data-dir PATH         report on a model.pt
 
-Some defaults depend on other flags: up to 10 epochs --crop-padding is 2 and --cutmix 0, from 40
-epochs on --trivial-augment is 0.5, with --optimizer sgd --lr is 0.2 and --weight-decay 0.0005.
+Some defaults depend on other flags. Runs of up to 10 epochs have --crop-padding 2 and --cutmix 0,
+runs of 40 or more --trivial-augment 0.5. --optimizer sgd has --lr 0.2 and --weight-decay 0.0005.
 """
 
 import argparse
@@ -42,14 +42,14 @@ RECIPE = {
     "cutmix": 0.5,
     "trivial_augment": 0.0,
 }
-SGD = {"lr": 0.2, "weight_decay": 5e-4}  # in place of these with --optimizer sgd
-OTHERS = {"lr": 0.1, "momentum": 0.9, "nesterov": True}  # SGD of norms and head, beside Muon
+SGD = {"lr": 0.2, "weight_decay": 5e-4}  # with --optimizer sgd these replace RECIPE's
+OTHERS = {"lr": 0.1, "momentum": 0.9, "nesterov": True}  # SGD's; lr: of norms and head beside Muon
 HEAD_DECAY = 5e-4  # of the head's matrix, beside Muon; norms and biases never have a decay
 AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
 
 
 def variant(epochs: int, optimizer: str) -> dict:
-    """Return what differs from RECIPE with so many epochs and this optimizer."""
+    """Return the defaults that replace RECIPE's for these epochs and this optimizer."""
     changes = SGD if optimizer == "sgd" else {}
     if epochs <= 10:
         return changes | {"crop_padding": 2, "cutmix": 0.0}
@@ -77,13 +77,13 @@ def make_model(args: argparse.Namespace) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: Runtime) -> optim.Muon:
-    """Return Muon for the convolutions and SGD for the rest, or SGD for all; with peak rates."""
+    """Return the optimizer: Muon for the convolutions and SGD for the rest, or SGD for all."""
     convolutions, matrices, vectors, _ = optim.split(model)
-    mine, sgd = {"lr": args.lr, "weight_decay": args.weight_decay}, {**OTHERS, "lr": args.lr}
+    decay, sgd = {"weight_decay": args.weight_decay}, {**OTHERS, "lr": args.lr}
     if args.optimizer == "sgd":
-        groups = [{"params": convolutions + matrices, **sgd, **mine}, {"params": vectors, **sgd}]
+        groups = [{"params": convolutions + matrices, **sgd, **decay}, {"params": vectors, **sgd}]
     else:
-        groups = [{"params": convolutions, "muon": OTHERS["momentum"], "kind": "Muon", **mine},
+        groups = [{"params": convolutions, "muon": OTHERS["momentum"], "lr": args.lr, **decay},
                   {"params": matrices, "weight_decay": HEAD_DECAY, **OTHERS},
                   {"params": vectors, **OTHERS}]
     return optim.Muon(groups, runtime.dtype, pad=runtime.device.type != "cpu")
@@ -100,7 +100,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def main() -> None:
-    """Data, model, optimizer, schedule, loop."""
+    """Make the model, the batches, the run and the optimizer; train and evaluate each epoch."""
     args = parse_args()
     runtime = choose_runtime(args.device, args.precision, args.compile)
     torch.manual_seed(args.seed)
@@ -120,8 +120,8 @@ def main() -> None:
     for epoch in range(run.epoch, run.epochs):
         batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], cutmix[epoch])
         results = {"train": loop.train_one_epoch(run, batches, train_step)}
-        for name, split in evaluated.items():
-            results[name] = loop.evaluate(model, run.watch(split, name), runtime)
+        for split, eval_batches in evaluated.items():
+            results[split] = loop.evaluate(model, run.watch(eval_batches, split), runtime)
         run.end_epoch(results)
     run.finish()
 

@@ -16,7 +16,8 @@ import torch
 
 log = logging.getLogger("cifar100")
 
-# Exit statuses. 75 is EX_TEMPFAIL of sysexits.h: nothing is lost, and the same command goes on.
+# Exit statuses. 3 means that another rank has ended. 75 is EX_TEMPFAIL of sysexits.h: nothing is
+# lost, and the same command goes on.
 FAILED, USER_ERROR, LEFT_ALONE, STOPPED = 1, 2, 3, 75
 # Schedulers and the job files send these, beside Ctrl-C. Windows has no SIGUSR2.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
@@ -34,7 +35,7 @@ class UserError(Exception):
 
 
 class DamagedFile(UserError):
-    """A file whose content is not whole, or not what its place asks for."""
+    """A file that is damaged, or holds something else than expected."""
 
 
 @contextlib.contextmanager

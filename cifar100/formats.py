@@ -66,10 +66,11 @@ def read(path: Path) -> tuple[Arrays, tuple[str, ...], str]:
         raise UserError(f"{path}: does not hold {CLASSES} class names")
     for split, (_, labels) in arrays.items():
         has, per_class = f"{path}: {split} has", np.unique(labels, return_counts=True)[1]
+        fewest = per_class.min() if len(per_class) == CLASSES else 0
         if len(labels) != FULL_SIZE[split]:
             log.info(f"note       {has} {len(labels):,} images instead of {FULL_SIZE[split]:,}")
-        elif per_class.min() != per_class.max():
-            raise UserError(f"{has} {per_class.min()} to {per_class.max()} images a class")
+        elif fewest != per_class.max():
+            raise UserError(f"{has} {fewest} to {per_class.max()} images a class")
     return arrays, tuple(names), f"{path} ({version} version)"
 
 
@@ -105,7 +106,9 @@ def _parse_python(members: dict[str, bytes], path: Path) -> tuple[Arrays, list]:
         with guard(f"{path}: {name} is not a pickle of CIFAR-100", Exception):
             content = unpickle(members[name])
             if name == "meta":
-                names = list(content["fine_label_names"])
+                names = content["fine_label_names"]
+                if not isinstance(names, list):
+                    raise TypeError("the names are no list")
                 continue
             images, labels = content["data"].view(np.ndarray), content["fine_labels"]
             if not isinstance(labels, list) or len(labels) > FULL_SIZE[name]:

@@ -36,7 +36,7 @@ class Position:
 
 @dataclasses.dataclass
 class State:
-    """All that a run goes on from: `trained` has state_dicts; the rest is of this rank."""
+    """All that a resume restores; `sums` and `statistics` are this rank's own."""
 
     trained: dict[str, Any]  # model, optimizer, scheduler and scaler
     position: Position
@@ -63,14 +63,14 @@ class State:
             for name, buffer in buffers.items():
                 if getattr(buffer, "shape", None) == weight.shape:
                     buffers[name] = torch.empty_like(weight).copy_(buffer)
-        self.position, ranks = Position(**checkpoint["position"]), checkpoint["ranks"]
-        if len(ranks) != runtime.ranks:
-            if runtime.rank == 0:  # which takes the sums of all, so that they count once
-                self.sums.copy_(sum(of_rank["sums"] for of_rank in ranks))
+        self.position, by_rank = Position(**checkpoint["position"]), checkpoint["ranks"]
+        if len(by_rank) != runtime.ranks:
+            if runtime.rank == 0:  # it takes the sums of all ranks, so that each image counts once
+                self.sums.copy_(sum(of_rank["sums"] for of_rank in by_rank))
             seed = epoch_seed(checkpoint["settings"]["seed"], self.position.epoch)
             torch.manual_seed(seed + runtime.rank)
             return
-        of_rank = ranks[runtime.rank]
+        of_rank = by_rank[runtime.rank]
         self.sums.copy_(of_rank["sums"])
         for tensor, value in zip(self.statistics, of_rank["statistics"], strict=True):
             tensor.copy_(value)
@@ -85,7 +85,7 @@ class State:
             raise UserError(f"{path}: written by {checkpoint['script']}.py; {ELSEWHERE}")
         has_position = checkpoint["position"].keys() == vars(self.position).keys()
         if not has_position or not before.keys() >= set(config["recipe"]):
-            raise UserError(f"{path}: of older code; finish it with that, or {ELSEWHERE}")
+            raise UserError(f"{path}: of older code; finish the run with that, or {ELSEWHERE}")
         changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
                    for name in config["recipe"] if now[name] != before[name]]
         if changed:
@@ -110,7 +110,7 @@ def open_directory(directory: Path, state: State, config: dict, resume: bool,
     if not found:
         for name in (*RUN_FILES, *run_report.RUN_REPORTS, *evaluation.TEST_REPORTS):
             (directory / name).unlink(missing_ok=True)
-    log.addHandler(logging.FileHandler(directory / "log.txt", errors="replace"))
+    log.addHandler(logging.FileHandler(directory / "log.txt", "a", "utf-8", errors="replace"))
     if problem:
         log.info(f"warning    {problem}; the checkpoint before it is used")
     return lock, found
@@ -123,6 +123,8 @@ def load(directory: Path, state: State, config: dict) -> tuple[dict | None, str]
     for path in filter(Path.exists, (newest, previous)):
         try:
             checkpoint = utils.load_tensors(path)
+            if missing := {*config, "position", "ranks", *state.trained} - checkpoint.keys():
+                raise utils.DamagedFile(f"{path}: no checkpoint, it lacks {min(missing)}")
         except utils.DamagedFile as error:
             damaged.append(str(error))
             continue
@@ -143,7 +145,8 @@ def log_start(directory: Path, found: dict | None, config: dict) -> None:
     if found:
         position = Position(**found["position"])
         log.info(f"resume     after {position.epoch} epochs and {position.step} steps")
-        before, now = (f"{of['runtime']}, torch {of['torch']}" for of in (found, config))
+        before, now = (f"{source['runtime']}, torch {source['torch']}"
+                       for source in (found, config))
         if before != now:
             log.info(f"note       it comes from {before}: the end will not be the same bits")
         note = runs.code_has_changed(found["code"], config["code"])

@@ -40,7 +40,7 @@ def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module
             "required_accuracy": required if dataset.name == "cifar100" else None,
             "runtime": str(runtime), "torch": str(torch.__version__),
             "python": platform.python_version(), "system": platform.platform(),
-            "code": code, "data": dataset.checksum, "classes": list(dataset.class_names),
+            "code": code, "data": dataset.checksum, "classes": list(map(str, dataset.class_names)),
             "network": network(model), "recipe": list(args.recipe), "settings": settings,
             "in_words": lines | plan}
 
@@ -51,7 +51,8 @@ def plan(args: Namespace, optimizer: torch.optim.Optimizer, sizes: list[int],
     groups = []
     for group in optimizer.param_groups:
         count = sum(parameter.numel() for parameter in group["params"])
-        groups.append(f"{group.get('kind', 'SGD')} of {count:,} weights at rate "
+        kind = "Muon" if "muon" in group else "SGD"
+        groups.append(f"{kind} of {count:,} weights at rate "
                       f"{group.get('max_lr', group['lr']):g}, decay {group['weight_decay']:g}")
     epochs = [f"{count} of {size}px" for size, count in Counter(sizes).items()]
     changes = ["crop", "flip"]

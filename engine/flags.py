@@ -1,4 +1,4 @@
-"""The flags that both scripts share, and how defaults, a model's run and the user's words merge."""
+"""The shared flags, and how defaults, a trained run's settings and given flags merge."""
 
 import argparse
 import difflib
@@ -17,7 +17,7 @@ from engine.checkpoint import check_output_dir
 from engine.process import command_line
 from engine.runtime import PRECISIONS
 from report.runs import read_config
-from utils import UserError, log
+from utils import UserError, guard, log
 
 
 def bounded(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
@@ -88,18 +88,24 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions[1:]:  # the first one is --help
             defaults[action.dest] = default = recipe.get(action.dest, action.default)
             if default is not None and default is not False:
-                action.help = f"{action.help or ''} (default: {default})"
+                shown = str(default).replace("%", "%%")  # argparse formats the help
+                action.help = f"{action.help or ''} (default: {shown})"
             action.default = argparse.SUPPRESS  # so that parse_args returns what is given
-        given = vars(self.parse_args())
+        script, flags = command_line()
+        given = vars(self.parse_args(flags))
         known = argparse.Namespace(**defaults | given)
         use_model = bool(known.eval_only or known.predict)
         check_output_dir(known.output_dir, known.resume, known.overwrite, use_model)
-        script, flags = command_line()
         trained = _read_trained(known.output_dir, script.stem) if use_model else {}
         names = [action.dest for action in self.recipe_group._group_actions]
         # This machine may compute in another precision.
         of_model = {name: value for name, value in trained.get("settings", {}).items()
                     if name in names and name != "precision"}
+        for action in self.recipe_group._group_actions:
+            value = of_model.get(action.dest)
+            if action.type and isinstance(value, (int, float, str)):
+                with guard(f"{known.output_dir / 'config.json'}: --{action.dest}", Exception):
+                    action.type(str(value))
         settings = defaults | variant(known.epochs, known.optimizer) | of_model | given
         return argparse.Namespace(
             **settings, recipe=names, trained=trained, script=script.stem, began=time.monotonic(),

@@ -12,7 +12,7 @@ from engine.runtime import Runtime
 from report.log import Metrics, duration, progress, score
 from utils import log
 
-TELL_AFTER = 20  # seconds of an epoch's training after which a log gets an estimate of the time
+TELL_AFTER = 20  # seconds of training in an epoch, after which the log estimates the time left
 CHECK_EVERY = 25  # steps between looks at the loss on the host; each costs one synchronisation
 
 
@@ -29,10 +29,10 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
     batches, end = iter(batches), run.steps_in(run.epoch)
     with progress(None, f"epoch {run.epoch + 1} train", run.runtime.rank, run.step, end) as bar:
         while run.step < end:
-            # Before the batch is drawn: if it is random, it is the same after a resume.
+            # Save before the batch is drawn: a resumed run then draws the same random batch.
             run.stop_or_save()
             began = time.monotonic()
-            images, labels, run.weight = next(batches)
+            images, labels, run.loss_weight = next(batches)
             images, labels = run.augment(images, labels)
             loss, logits = train_step(run, images, labels)
             run.count(loss, logits, labels)
@@ -51,11 +51,11 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
 def infer(model: nn.Module, batches: Iterable, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """Return logits, float32 (N, classes), and labels, int64 (N,), of all ranks, on the CPU."""
     model.eval()
-    logits, labels = [], []
-    for images, targets in batches:
+    all_logits, all_labels = [], []
+    for images, labels in batches:
         with runtime.autocast():
-            logits.append(model(images).float())
-        labels.append(targets)
+            all_logits.append(model(images).float())
+        all_labels.append(labels)
 
     def in_order(values: list[Tensor]) -> Tensor:
         # One transfer for all batches of a rank; then the ranks take their turn, batch by batch.
@@ -63,7 +63,7 @@ def infer(model: nn.Module, batches: Iterable, runtime: Runtime) -> tuple[Tensor
         turns = zip(*(part.split(lengths) for part, lengths in of_ranks), strict=True)
         return torch.cat([batch for turn in turns for batch in turn])
 
-    return in_order(logits), in_order(labels)
+    return in_order(all_logits), in_order(all_labels)
 
 
 def evaluate(model: nn.Module, batches: Iterable, runtime: Runtime) -> Metrics:

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
-# CutMix is off in this fraction of the epochs, at the end, and in at most so many: of 40, 6 did
-# better than 12 (results/README.md). YOLOX does so, too (Ge et al. 2021, arXiv:2107.08430).
+# CutMix is off in the last 30 % of the epochs, at most 6: in runs of 40 epochs, 6 did better than
+# 12 (results/README.md). YOLOX also stops mixing images early (Ge et al. 2021, arXiv:2107.08430).
 UNMIXED, MOST_UNMIXED = 0.3, 6
 
 

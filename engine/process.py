@@ -28,7 +28,7 @@ HARMLESS = ("Detected call of .lr_scheduler.step|Grad strides do not match bucke
 
 
 def command_line() -> tuple[Path, list[str]]:
-    """Return the script and its arguments; nothing else reads them from Python."""
+    """Return the script's path and its arguments; only this function reads sys.argv."""
     return Path(sys.argv[0]), sys.argv[1:]
 
 

@@ -34,8 +34,8 @@ class Run:
         self.epochs = math.ceil(self.total_steps / steps_per_epoch)
         self.clock = Clock()
         self.tensorboard = TensorBoard(args.output_dir) if args.tensorboard else None
-        self.weight = 1.0  # of this rank's share of a batch; 0 if it trains on a filler image
-        self.has_logged_time = False  # how much time is left
+        self.loss_weight = 1.0  # of this rank's share of a batch; 0 for a filler image
+        self.has_logged_time = False  # whether this start has logged the time left
 
     @property
     def epoch(self) -> int:
@@ -59,7 +59,7 @@ class Run:
         check_outputs(model, sizes, self.dataset, runtime)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes, self.augmentation = runtime.scaler(), sizes, augment
-        self.network, averages = model, []
+        self.network, averages = model, []  # the model, which several ranks wrap
         if runtime.ranks > 1:
             averages = [tensor for tensor in model.buffers() if tensor.is_floating_point()]
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -79,6 +79,8 @@ class Run:
                 self.config["settings"] = found["settings"]  # this start may leave out --weights
             if runtime.rank == 0:
                 checkpoint.log_start(args.output_dir, found, self.config)
+        if self.tensorboard and runtime.rank == 0:
+            self.tensorboard.write(self.state.position.history)
         if runtime.compile:
             log.info("compile    begins with the first step, and again for images of another size")
         self.clock.lap_began = self.clock.saved_at = time.monotonic()
@@ -96,7 +98,7 @@ class Run:
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of the batch's loss, of which this rank has a share."""
         self.optimizer.zero_grad()
-        self.scaler.scale(loss * self.weight).backward()
+        self.scaler.scale(loss * self.loss_weight).backward()
         if not self.clock.progressed:
             check_gradients(self.model, self.runtime.ranks)
 
@@ -108,7 +110,7 @@ class Run:
 
     def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a step, and its images unless they are fillers; a soft label by its top class."""
-        if self.weight:
+        if self.loss_weight:
             classes = labels if labels.ndim == 1 else labels.argmax(1)
             self.state.sums[0].add_(loss.detach() * len(labels))
             self.state.sums[1].add_((logits.argmax(1) == classes).sum())
@@ -128,7 +130,7 @@ class Run:
         """Stop if a rank has a reason to, or save if it is time to; the ranks agree on that."""
         clock, args, now = self.clock, self.args, time.monotonic()
         left = 60 * (args.max_minutes or math.inf) - (now - args.began)
-        # Each start does one step or evaluation, so that a chain of jobs always comes to an end.
+        # Each start does at least one step or evaluation, so that a chain of jobs always ends.
         is_late = clock.progressed and left < clock.longest_step + 2 * clock.longest_save
         is_due = now - clock.saved_at > 60 * args.checkpoint_minutes
         mine = torch.tensor([clock.stop_signal, is_late, is_due])
@@ -145,11 +147,11 @@ class Run:
             self._save_or_warn()
 
     def seconds_left(self, evaluation: float | None = None) -> float:
-        """Estimate the seconds left; `evaluation` is what this epoch's took, once it is over."""
-        step, size = self.step_seconds(), self.sizes[self.epoch]
-        seconds = [step * (other / size) ** SIZE_POWER for other in self.sizes]  # of a step
+        """Estimate the seconds left; `evaluation` is the time of this epoch's, once it is over."""
+        step_time, size = self.step_seconds(), self.sizes[self.epoch]
+        seconds = [step_time * (other / size) ** SIZE_POWER for other in self.sizes]  # of a step
         training = sum(seconds[epoch] * self.steps_in(epoch)
-                       for epoch in range(self.epoch, self.epochs)) - step * self.step
+                       for epoch in range(self.epoch, self.epochs)) - step_time * self.step
         if evaluation is not None:
             return training + evaluation * (self.epochs - self.epoch - 1)
         # A forward pass takes about a third of a step.
@@ -172,10 +174,13 @@ class Run:
 
     def end_training(self) -> Metrics:
         """Return the epoch's means; check the loss, and average the ranks' statistics."""
-        self.check_finite()
+        began = time.monotonic()
+        self.check_finite()  # waits for the last steps on the device
+        if self.clock.steps:
+            self.clock.steps[-1] += time.monotonic() - began
         position = self.state.position
         position.seconds += self.clock.lap()
-        if not position.train_seconds:  # else done before this start
+        if not position.train_seconds:  # not so after a resume in the middle of the evaluation
             position.train_seconds = position.seconds
             for tensor in self.state.statistics:
                 torch.distributed.all_reduce(tensor)
@@ -206,14 +211,15 @@ class Run:
 
     def save(self) -> None:
         """Write checkpoint.pt and metrics.csv; raises OSError if there is no new checkpoint."""
+        began = time.monotonic()
         self.state.position.seconds += self.clock.lap()
         self.check_finite()
         content = self.state.capture(self.config, self.runtime)
-        self.clock.saved_at = time.monotonic()
+        self.clock.saved_at = began  # also if the next line fails
         if self.runtime.rank == 0:
             checkpoint.save(self.args.output_dir, content)
-        seconds = time.monotonic() - self.clock.saved_at
-        self.clock.longest_save = max(self.clock.longest_save, seconds)
+        self.clock.saved_at = time.monotonic()
+        self.clock.longest_save = max(self.clock.longest_save, self.clock.saved_at - began)
 
     def _save_or_warn(self) -> None:
         try:

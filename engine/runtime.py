@@ -106,9 +106,9 @@ def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
     if device.type == "cuda":
         # CUDA then computes the same bits each time, so a resumed run ends as it would have.
         torch.backends.cudnn.deterministic = True
-        # cuBLAS reads it when it starts; torch asks for it.
+        # cuBLAS reads this when it starts. torch needs it for deterministic results.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # An operation without a deterministic kernel only warns. The compiler times no reductions.
+        # An operation without a deterministic kernel only warns. torch.compile times no reductions.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")  # TF32, where the chip has it
@@ -149,7 +149,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
         # The A100, of compute capability 8.0, was the first to compute in bf16.
         has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if has_bf16 else torch.float16
-    # torch 2.10 does not tell what the CPU can do.
+    # torch 2.10 has no get_capabilities().
     abilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     has_bf16 = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
     return torch.bfloat16 if has_bf16 else torch.float32

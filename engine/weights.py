@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]  # where the scripts lie
 RESNET18_FILES = ("resnet18-5c106cde.pth", "resnet18-f37072fd.pth")
 
 
-def load_pretrained(model: nn.Module, head: str, weights: str | None, download: bool) -> None:
-    """Load ImageNet weights into a ResNet-18, but for the layer `head`; raises UserError.
+def load_pretrained(model: nn.Module, head: str, weights: str | None, download: bool) -> str:
+    """Load ImageNet weights into all layers but `head`; return their file; raises UserError.
 
     `weights` is a file. By default it is the first of RESNET18_FILES that lies beside the scripts
     or in torch's cache, else torchvision's own hash-checked download.
@@ -38,6 +38,7 @@ def load_pretrained(model: nn.Module, head: str, weights: str | None, download: 
         if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
             log.info(f"note       {path}: not the official SHA-256; only its form is checked")
     log.info(f"weights    {path}")
+    return str(path)
 
 
 def load(model: nn.Module, path: Path | str, head: str = "") -> None:

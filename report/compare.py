@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default="output", metavar="DIR",
                         help="where comparison.md and comparison.png go (default: output)")
     args = parser.parse_args()
+    logging.raiseExceptions = False  # stdout may be full or closed
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     try:

@@ -21,12 +21,12 @@ TEST_REPORTS = ("test-report.md", "confusion.csv", "confusion.png", "mistakes.pn
 
 
 def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
-    """Log what test logits (N, classes) are worth, and write TEST_REPORTS; raises UserError."""
+    """Log the scores of test logits (N, classes), and write TEST_REPORTS; raises UserError."""
     names, labels = dataset.class_names, dataset.test.labels
     metrics = score(logits, labels)
     log.info(f"test loss {metrics.loss:.3f} acc {metrics.accuracy:6.2%} top5 {metrics.top5:6.2%}  "
              f"({metrics.images:,} {dataset.name} images)")
-    # Break ties as `score` does, unlike argmax: logits computed in bf16 hold some.
+    # Break ties as `score` does, unlike argmax: logits computed in bf16 can tie.
     taken, confidence = top5(logits).indices[:, 0], logits.softmax(1).amax(1)
     confusion = np.zeros((len(names), len(names)), int)  # (class, class that it was taken for)
     np.add.at(confusion, (labels.numpy(), taken.numpy()), 1)

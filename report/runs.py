@@ -31,10 +31,11 @@ class RunRecord(NamedTuple):
 
 def describe_code() -> dict:
     """Return the git commit of the project, if any, and a hash of its modules in this process."""
+    python = f"python3.{sys.version_info.minor}"  # of an environment in the project
     files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
              if getattr(module, "__file__", None)}
     own = sorted(file for file in files if file.is_relative_to(ROOT) and file.is_file()
-                 and not {"tests", "site-packages"} & set(file.relative_to(ROOT).parts))
+                 and not {"tests", "site-packages", python} & set(file.relative_to(ROOT).parts))
     # The script may lie elsewhere.
     script = getattr(sys.modules["__main__"], "__file__", None)
     sources = sorted({*own, Path(script).resolve()}) if script else own

@@ -211,6 +211,9 @@ def test_a_full_split_must_be_balanced(tmp_path):
     write_binary(tmp_path, {"test": (images, labels)})
     with pytest.raises(UserError, match="99 to 101 images a class"):
         data.load("cifar100", tmp_path)
+    write_binary(tmp_path, {"test": (images, labels // 5)})  # the superclasses' labels
+    with pytest.raises(UserError, match="0 to 501 images a class"):
+        data.load("cifar100", tmp_path)
 
 
 @pytest.mark.parametrize("fault, says", [

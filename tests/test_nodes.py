@@ -35,7 +35,9 @@ if os.environ.get("SLURM_RESTART_COUNT") == "0":
 # train_resnet.py, whose ranks leave behind where they ran and a digest of their weights.
 TRAIN_DIGEST = """
 import hashlib, os, socket
-import engine, train_resnet, utils
+import train_resnet
+from engine.process import run_script
+from engine.run import Run
 
 def finish(run, finish=Run.finish):
     finish(run)
@@ -44,7 +46,7 @@ def finish(run, finish=Run.finish):
         print(socket.gethostname(), hashlib.sha256(b"".join(weights)).hexdigest(), file=file)
 
 Run.finish = finish
-engine.process.run_script(train_resnet.main)
+run_script(train_resnet.main)
 """
 
 

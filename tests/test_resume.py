@@ -336,15 +336,17 @@ def test_a_disk_that_fails_to_read_is_damage(tmp_path):
         utils.load_tensors(tmp_path / "checkpoint.pt")
 
 
-@pytest.mark.parametrize("damage", [
-    "flipped", *(pytest.param(damage, marks=slow) for damage in ("missing", "truncated", "text")),
-])
+@pytest.mark.parametrize("damage", ["flipped", "another dict", *(
+    pytest.param(damage, marks=slow) for damage in ("missing", "truncated", "text"))])
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     whole, stopped, tmp_path, damage
 ):
     output_dir = shutil.copytree(stopped, tmp_path / "run")
     newest = output_dir / "checkpoint.pt"
-    spoil(newest, damage)
+    if damage == "another dict":
+        torch.save({"script": "train_resnet"}, newest)
+    else:
+        spoil(newest, damage)
     process = whole("train_resnet").script(output_dir)
     if damage != "missing":
         warning = r"warning .*checkpoint\.pt: .*; the checkpoint before it is used"
@@ -448,7 +450,7 @@ def test_a_checkpoint_of_older_code_is_called_so(whole, stopped, tmp_path, lacki
     before = contents(output_dir)
     process = whole("train_resnet").script(output_dir)
     assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
-    assert "checkpoint.pt: of older code; finish it with that, or choose " in process.stderr
+    assert "checkpoint.pt: of older code; finish the run with that, or choose " in process.stderr
     assert contents(output_dir) == before
 
 

@@ -146,6 +146,14 @@ def test_a_model_is_used_by_the_script_that_trained_it(finished, use, pictures):
         use("train_resnet", "--predict", pictures / "0.png", "--output-dir", output_dir)
 
 
+def test_a_config_that_a_flag_would_not_allow_is_named(finished, use, pictures, tmp_path):
+    output_dir = shutil.copytree(finished["finetune_resnet18"][1], tmp_path / "run")
+    config = (output_dir / "config.json").read_text()
+    (output_dir / "config.json").write_text(config.replace('"image_size": 40', '"image_size": 0'))
+    with pytest.raises(utils.UserError, match=r"config\.json: --image_size \(0 is not between"):
+        use("finetune_resnet18", "--predict", pictures / "0.png", "--output-dir", output_dir)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder of pictures of several formats and sizes; the first two are test images."""

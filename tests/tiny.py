@@ -1,4 +1,4 @@
-"""Both scripts on a network so small that a run takes milliseconds, and all that it was shown."""
+"""Run both scripts on a network of milliseconds, and record its inputs."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Shown(NamedTuple):
-    """What a forward pass of the network was: a batch, and how things stood."""
+    """A recorded forward pass: the batch, its logits, and the optimizer's groups at that time."""
 
     images: torch.Tensor
     logits: torch.Tensor
@@ -36,7 +36,7 @@ class Shown(NamedTuple):
 
 
 class Watched:
-    """A run of a script: how it ended, and what its network and its batches were asked for.
+    """A run of a script: its end, its forward passes, and the batches that it drew.
 
     `act(self)` is called in each forward pass, after it was noted; a number that it returns is
     added to the logits.
@@ -57,7 +57,7 @@ class Watched:
 
 
 class Tiny(nn.Module):
-    """A convolution and a head, which tell a `Watched` what they see."""
+    """A convolution and a head; each forward pass is recorded in `watched`."""
 
     def __init__(self, classes: int, watched: Watched):
         super().__init__()
@@ -81,7 +81,7 @@ class Tiny(nn.Module):
 
 
 def plain(count: int) -> data.Dataset:
-    """Return so many training images of ten classes, and 30 to test; all pixels are 51, 0.2."""
+    """Return so many training images of ten classes, and 30 to test; all pixels are 51 of 255."""
     train, test = (data.Split(torch.full((n, 3, 32, 32), 51, dtype=torch.uint8),
                               torch.arange(n) % 10) for n in (count, 30))
     return data.Dataset("mine", train, test, tuple(f"class {i}" for i in range(10)), "here")
@@ -112,7 +112,7 @@ def train(name: str, dataset: data.Dataset, output_dir: Path, *flags,
         watched.optimizer = make_optimizer(*arguments)
         return watched.optimizer
 
-    def tell(*arguments, **keywords):
+    def record(*arguments, **keywords):
         bound = signature.bind(*arguments, **keywords)
         bound.apply_defaults()
         _, *named = bound.arguments.items()
@@ -123,7 +123,7 @@ def train(name: str, dataset: data.Dataset, output_dir: Path, *flags,
 
     replaced = {(script, "make_model"): make_model, (script, "make_optimizer"): keep_optimizer,
                 (script, "load_data"): lambda _: dataset, (script, "AUGMENT"): augment,
-                (data.Batches, "shuffled"): tell,
+                (data.Batches, "shuffled"): record,
                 (sys, "argv"): [f"{name}.py", "--device", "cpu", "--output-dir", str(output_dir),
                                 *map(str, flags)]}
     with pytest.MonkeyPatch.context() as patch, signals_kept():
