@@ -27,13 +27,14 @@ def draw_curves(figure: "Figure", groups: dict[str, list[RunRecord]]) -> None:
     grid = figure.subplots(len(scripts), 3, squeeze=False)
     for panels, (script, named) in zip(grid, scripts.items(), strict=True):
         handles = _draw_groups(panels, named)
+        longest = max(len(record.history) for records in named.values() for record in records)
         loss, accuracy, rate = panels
         loss.set(title=f"{script}.py", ylabel="cross entropy, nats (training: smoothed)")
         accuracy.set(ylabel="accuracy, %", ylim=(0, 100))
         rate.set(ylabel="learning rate at the end of the epoch")
         rate.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
         for panel in panels:
-            panel.set(xlabel="epoch")
+            panel.set(xlabel="epoch", xlim=(0.5, max(longest, 2) + 0.5))
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
 
