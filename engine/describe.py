@@ -51,8 +51,7 @@ def plan(args: Namespace, optimizer: torch.optim.Optimizer, sizes: list[int],
     groups = []
     for group in optimizer.param_groups:
         count = sum(parameter.numel() for parameter in group["params"])
-        kind = "Muon" if "muon" in group else "SGD"
-        groups.append(f"{kind} of {count:,} weights at rate "
+        groups.append(f"{'Muon' if 'muon' in group else 'SGD'} of {count:,} weights at rate "
                       f"{group.get('max_lr', group['lr']):g}, decay {group['weight_decay']:g}")
     epochs = [f"{count} of {size}px" for size, count in Counter(sizes).items()]
     changes = ["crop", "flip"]

@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import logging
 import os
 import platform
 import re
@@ -59,6 +60,8 @@ class Runtime(NamedTuple):
         for module, counter in counters:
             module.num_batches_tracked = counter
         if self.compile:
+            # Where CUDA's compiler is installed and no GPU, torch would warn of that.
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
             model.compile(dynamic=False)
         return model
 
