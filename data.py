@@ -27,7 +27,7 @@ OPERATIONS, LEVELS = 11, 30  # of trivial_augment; the levels are those of its p
 
 
 class Split(NamedTuple):
-    """Images uint8 (N, 3, 32, 32), values 0..255, and labels int64 (N,), from 0 on."""
+    """Images uint8 (N, 3, S, S), values 0..255, and labels int64 (N,), from 0 on."""
 
     images: Tensor
     labels: Tensor
@@ -43,6 +43,11 @@ class Dataset(NamedTuple):
     source: str
     val: Split | None = None  # held-out images: the user's own, or those that `hold_out` moved
     checksum: int = 0  # CRC-32 of all images and labels, which `hold_out` computes
+
+    @property
+    def side(self) -> int:
+        """The side S of the images in pixels; 32 for CIFAR-100."""
+        return self.train.images.shape[-1]
 
     def evaluated(self) -> dict[str, Split]:
         """Return the splits to evaluate after every epoch: val, if there is one, and test."""
@@ -106,11 +111,15 @@ def hold_out(dataset: Dataset, count: int) -> Dataset:
 def check(dataset: Dataset) -> None:
     """Raise UserError unless the splits are as `Split` says, with a name for every label."""
     classes = len(dataset.class_names)
+    side = 32 if dataset.name == "cifar100" else None  # else that of the first split
     for name, (images, labels) in {"train": dataset.train, **dataset.evaluated()}.items():
         where = f"{dataset.source}: {name}"
+        if isinstance(images, Tensor) and images.ndim == 4:
+            side = side or images.shape[2]
         if not (isinstance(images, Tensor) and images.dtype == torch.uint8
-                and images.shape[1:] == (3, 32, 32) and len(images)):
-            raise UserError(f"{where} images must be a uint8 tensor (N, 3, 32, 32) of 0..255")
+                and images.shape[1:] == (3, side, side) and images.numel()):
+            form = f"(N, 3, {side or 'S'}, {side or 'S'})"
+            raise UserError(f"{where} images must be a uint8 tensor {form} of 0..255")
         if not (isinstance(labels, Tensor) and labels.dtype == torch.int64
                 and labels.shape == images.shape[:1]):
             raise UserError(f"{where} labels must be an int64 tensor ({len(images)},)")
@@ -139,15 +148,18 @@ class Batches:
         self.images, self.labels = images.to(device), split.labels.to(device)
         self.batch_size, self.size, self.strength = batch_size, size, strength
         self.classes = torch.arange(classes, device=device)
-        self.pixels = torch.arange(32, device=device)
+        self.side = images.shape[-1]
+        self.pixels = torch.arange(self.side, device=device)
         self.rank, self.ranks = place.rank, place.ranks
         self.steps_per_epoch = math.ceil(len(split.labels) / batch_size)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
         self.scale, self.shift = 1 / (255 * std), -mean / std
+        padding = round(padding * self.side / 32)
         self.offsets = 2 * padding + 1  # of a crop, in each direction
         # The rows, or columns, that a crop takes at each offset, and then the same ones flipped.
-        crops = torch.tensor(np.pad(np.arange(32), padding, "reflect")).unfold(0, 32, 1)
-        self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x offsets, 32)
+        padded = torch.tensor(np.pad(np.arange(self.side), padding, "reflect"))
+        crops = padded.unfold(0, self.side, 1)
+        self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x offsets, side)
         if place.compile:
             self._augment = torch.compile(self._augment, dynamic=False)
 
@@ -192,12 +204,13 @@ class Batches:
         draws = {"image": order[None], "crop": offsets}
         if cutmix:
             # The box's area is uniform in 0..1 of the image's. The box is clipped to the image.
-            sides = 32 * torch.rand(count, generator=generator).sqrt()
+            sides = self.side * torch.rand(count, generator=generator).sqrt()
             sides[torch.rand(count, generator=generator) >= cutmix] = 0
-            centres = 32 * torch.rand(2, count, generator=generator)
+            centres = self.side * torch.rand(2, count, generator=generator)
             draws["other"] = order.roll(1)[None]
-            draws["box_start"] = (centres - sides / 2).round().clamp(0, 32).long()  # row, column
-            draws["box_end"] = (centres + sides / 2).round().clamp(0, 32).long()
+            start, end = centres - sides / 2, centres + sides / 2  # row, column
+            draws["box_start"] = start.round().clamp(0, self.side).long()
+            draws["box_end"] = end.round().clamp(0, self.side).long()
         if self.strength:
             draws["operation"] = torch.randint(OPERATIONS, (1, count), generator=generator)
             draws["level"] = torch.randint(-LEVELS, LEVELS + 1, (1, count), generator=generator)
@@ -206,11 +219,11 @@ class Batches:
     def _augment(self, drawn: dict[str, Tensor], size: int) -> Tensor:
         """Crop, flip and mix images in one gather; `drawn` is this batch's part of `_draw`."""
         (chosen,), (down, right) = drawn["image"], drawn["crop"]
-        rows, columns = self.crops[down], self.crops[right]  # (B, 32)
+        rows, columns = self.crops[down], self.crops[right]  # (B, side)
         sources = chosen[:, None, None]
         if "other" in drawn:
             in_rows, in_columns = ((self.pixels >= drawn["box_start"][:, :, None])
-                                   & (self.pixels < drawn["box_end"][:, :, None]))  # (B, 32) each
+                                   & (self.pixels < drawn["box_end"][:, :, None]))  # (B, side)
             is_inside = in_rows[:, :, None] & in_columns[:, None]
             sources = torch.where(is_inside, drawn["other"][0, :, None, None], sources)
         images = self.images[sources, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
@@ -224,14 +237,14 @@ class Batches:
         labels = self.labels[torch.cat([drawn["image"], drawn["other"]])]  # (2, B)
         own, others = (labels[:, :, None] == self.classes).float()
         height, width = drawn["box_end"] - drawn["box_start"]
-        return own.lerp(others, (height * width / 32**2)[:, None])
+        return own.lerp(others, (height * width / self.side**2)[:, None])
 
     def _finish(self, images: Tensor, size: int) -> Tensor:
-        """Return images (B, 3, 32, 32) of 0..255 as normalised float32 (B, 3, size, size)."""
+        """Return images (B, 3, S, S) of 0..255 as normalised float32 (B, 3, size, size)."""
         images = images.float() * self.scale + self.shift
         if size == images.shape[-1]:
             return images
-        return F.interpolate(images, (size, size), mode="bilinear", antialias=size < 32)
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=size < self.side)
 
 
 def trivial_augment(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:

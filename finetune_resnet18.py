@@ -11,16 +11,16 @@ The weights are the file that --weights names, or the course's or torchvision's 
 script or in torch's cache, or else torchvision's own download. With --optimizer sgd --lr is 0.003.
 """
 
-import argparse
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
 
 import data
 import models
-from engine import checkpoint, inference, loop, optim, process, weights
+from engine import inference, loop, optim, process, weights
 from engine.flags import Parser, bounded
-from engine.run import Run
+from engine.run import Augment, Run
 from engine.runtime import Runtime, choose_runtime
 
 REQUIRED = 70.0  # test accuracy in %, set by the course
@@ -41,9 +41,9 @@ RECIPE = {
     "trivial_augment": 0.0,
 }
 SGD_LR = 0.003  # peak, of what SGD trains; 0.01 loses the pre-trained features
-HEAD, HEAD_RATE = "fc", 10  # the new layer; its rate is this many times that of SGD's others
+HEAD = "fc"  # the name of the new layer
+HEAD_RATE = 10  # its rate is this many times that of SGD's others
 MOMENTUM = 0.9  # of SGD (He et al. 2015, section 3.4) and of Muon, in Nesterov's form
-AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
 
 
 def variant(_epochs: int, optimizer: str) -> dict:
@@ -51,7 +51,7 @@ def variant(_epochs: int, optimizer: str) -> dict:
     return {"lr": SGD_LR} if optimizer == "sgd" else {}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Read the command line; the defaults are the recipe."""
     parser = Parser(__doc__, output_dir="output/finetune_resnet18")
     parser.data_group.add_argument("--weights", metavar="PATH", help="or 'random', for a dry run")
@@ -60,22 +60,25 @@ def parse_args() -> argparse.Namespace:
     return parser.read(RECIPE, variant)
 
 
-def load_data(args: argparse.Namespace) -> data.Dataset:
+def load_data(args: Namespace) -> data.Dataset:
     """Return the images to train on and those to test; another set goes here."""
     return data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
 
 
-def make_model(args: argparse.Namespace) -> nn.Module:
+def make_model(args: Namespace) -> nn.Module:
     """Return the network to train, with its first weights, or to use; another one goes here."""
     model = models.resnet18()
-    # model.pt and checkpoints hold all weights, so no others are read.
-    is_resumed = args.resume and checkpoint.exists(args.output_dir)
-    if not (args.eval_only or args.predict or is_resumed or args.weights == "random"):
+    if args.is_new and args.weights != "random":
         args.weights = weights.load_pretrained(model, HEAD, args.weights, not args.no_download)
     return model
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: Runtime) -> optim.Muon:
+def make_augment(args: Namespace, dataset: data.Dataset, runtime: Runtime) -> Augment | None:
+    """Return None, or your own change of a batch: README.md, "Change it"."""
+    return None
+
+
+def make_optimizer(model: nn.Module, args: Namespace, runtime: Runtime) -> optim.Muon:
     """Return the optimizer: Muon for the convolutions and SGD for the rest, or SGD for all."""
     convolutions, matrices, vectors, head = optim.split(model, HEAD)
     is_muon, decay = args.optimizer == "muon", {"weight_decay": args.weight_decay}
@@ -116,7 +119,8 @@ def main() -> None:
     sizes = optim.low_resolution_first(run.epochs, args.low_res, low_size, args.image_size)
     cutmix = optim.cutmix_by_epoch(run.epochs, args.cutmix)
     optimizer = make_optimizer(model, args, runtime)
-    run.start(model, optimizer, optim.one_cycle(optimizer, run.total_steps), sizes, AUGMENT)
+    scheduler = optim.one_cycle(optimizer, run.total_steps)
+    run.start(model, optimizer, scheduler, sizes, make_augment(args, dataset, runtime))
     for epoch in range(run.epoch, run.epochs):
         batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], cutmix[epoch])
         results = {"train": loop.train_one_epoch(run, batches, train_step)}

@@ -11,7 +11,7 @@ Some defaults depend on other flags. Runs of up to 10 epochs have --crop-padding
 runs of 40 or more --trivial-augment 0.5. --optimizer sgd has --lr 0.2 and --weight-decay 0.0005.
 """
 
-import argparse
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ import data
 import models
 from engine import inference, loop, optim, process
 from engine.flags import Parser, bounded
-from engine.run import Run
+from engine.run import Augment, Run
 from engine.runtime import Runtime, choose_runtime
 
 REQUIRED = 60.0  # test accuracy in %, set by the course
@@ -45,7 +45,6 @@ RECIPE = {
 SGD = {"lr": 0.2, "weight_decay": 5e-4}  # with --optimizer sgd these replace RECIPE's
 OTHERS = {"lr": 0.1, "momentum": 0.9, "nesterov": True}  # SGD's; lr: of norms and head beside Muon
 HEAD_DECAY = 5e-4  # of the head's matrix, beside Muon; norms and biases never have a decay
-AUGMENT = None  # or a function of (images, labels, generator): README.md, "Change it"
 
 
 def variant(epochs: int, optimizer: str) -> dict:
@@ -56,7 +55,7 @@ def variant(epochs: int, optimizer: str) -> dict:
     return changes if epochs < 40 else changes | {"trivial_augment": 0.5}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Read the command line; the defaults are the recipe."""
     parser = Parser(__doc__, output_dir="output/train_resnet")
     add = parser.recipe_group.add_argument
@@ -66,17 +65,22 @@ def parse_args() -> argparse.Namespace:
     return parser.read(RECIPE, variant)
 
 
-def load_data(args: argparse.Namespace) -> data.Dataset:
+def load_data(args: Namespace) -> data.Dataset:
     """Return the images to train on and those to test; another set goes here."""
     return data.load(args.dataset, args.data_dir, args.data_url, not args.no_download)
 
 
-def make_model(args: argparse.Namespace) -> nn.Module:
+def make_model(args: Namespace) -> nn.Module:
     """Return the network to train or to use; another one goes here."""
     return models.ResNet(dropout=args.dropout)
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, runtime: Runtime) -> optim.Muon:
+def make_augment(args: Namespace, dataset: data.Dataset, runtime: Runtime) -> Augment | None:
+    """Return None, or your own change of a batch: README.md, "Change it"."""
+    return None
+
+
+def make_optimizer(model: nn.Module, args: Namespace, runtime: Runtime) -> optim.Muon:
     """Return the optimizer: Muon for the convolutions and SGD for the rest, or SGD for all."""
     convolutions, matrices, vectors, _ = optim.split(model)
     decay, sgd = {"weight_decay": args.weight_decay}, {**OTHERS, "lr": args.lr}
@@ -108,15 +112,15 @@ def main() -> None:
     if args.eval_only or args.predict:
         return inference.use(model, args, runtime, load_data, STATS, EVAL_BATCH, SIZE)
     dataset = data.hold_out(load_data(args), args.val_size)
-    train, evaluated = data.loaders(
-        dataset, args.batch_size, EVAL_BATCH, STATS, runtime, SIZE,
-        padding=args.crop_padding, strength=args.trivial_augment)
+    train, evaluated = data.loaders(dataset, args.batch_size, EVAL_BATCH, STATS, runtime, SIZE,
+                                    padding=args.crop_padding, strength=args.trivial_augment)
     model = runtime.place(model, args.batch_size)
     run = Run(args, runtime, dataset, REQUIRED, train.steps_per_epoch)
     sizes = optim.low_resolution_first(run.epochs, args.low_res, LOW_SIZE, SIZE)
     cutmix = optim.cutmix_by_epoch(run.epochs, args.cutmix)
     optimizer = make_optimizer(model, args, runtime)
-    run.start(model, optimizer, optim.one_cycle(optimizer, run.total_steps), sizes, AUGMENT)
+    scheduler = optim.one_cycle(optimizer, run.total_steps)
+    run.start(model, optimizer, scheduler, sizes, make_augment(args, dataset, runtime))
     for epoch in range(run.epoch, run.epochs):
         batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], cutmix[epoch])
         results = {"train": loop.train_one_epoch(run, batches, train_step)}

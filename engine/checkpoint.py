@@ -20,7 +20,7 @@ from report.write import write_text
 from utils import ELSEWHERE, UserError, guard, log
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
-RUN_FILES = ("config.json", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
+RUN_FILES = ("config.json", "code.zip", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
 
 
 @dataclasses.dataclass
@@ -39,6 +39,7 @@ class State:
     """All that a resume restores; `sums` and `statistics` are this rank's own."""
 
     trained: dict[str, Any]  # model, optimizer, scheduler and scaler
+    keep: dict[str, Any]  # what else has a state_dict, by names of the user
     position: Position
     sums: Tensor  # of this epoch so far: loss, right predictions and images, float32 (3,)
     statistics: list[Tensor]  # batch norm's averages, if each rank has its own
@@ -51,6 +52,7 @@ class State:
                    "statistics": [tensor.cpu() for tensor in self.statistics]}
         return {**config, "position": dataclasses.asdict(self.position),
                 "ranks": runtime.gather(of_rank),
+                "keep": {name: part.state_dict() for name, part in self.keep.items()},
                 **{name: part.state_dict() for name, part in self.trained.items()}}
 
     def restore(self, checkpoint: dict, runtime: Runtime) -> None:
@@ -58,11 +60,9 @@ class State:
         with guard("the checkpoint is of another optimizer", ValueError, f"; {ELSEWHERE}"):
             for name, part in self.trained.items():
                 part.load_state_dict(checkpoint[name])
-        # A momentum that is not laid out in memory as its weight is would slow every step down.
-        for weight, buffers in self.trained["optimizer"].state.items():
-            for name, buffer in buffers.items():
-                if getattr(buffer, "shape", None) == weight.shape:
-                    buffers[name] = torch.empty_like(weight).copy_(buffer)
+        for name, part in self.keep.items():
+            with guard(f"the checkpoint is of another {name}", Exception, f"; {ELSEWHERE}"):
+                part.load_state_dict(checkpoint["keep"][name])
         self.position, by_rank = Position(**checkpoint["position"]), checkpoint["ranks"]
         if len(by_rank) != runtime.ranks:
             if runtime.rank == 0:  # it takes the sums of all ranks, so that each image counts once
@@ -84,7 +84,8 @@ class State:
         if checkpoint["script"] != config["script"]:
             raise UserError(f"{path}: written by {checkpoint['script']}.py; {ELSEWHERE}")
         has_position = checkpoint["position"].keys() == vars(self.position).keys()
-        if not has_position or not before.keys() >= set(config["recipe"]):
+        is_whole = checkpoint.keys() >= {*config, "keep"} and before.keys() >= {*config["recipe"]}
+        if not (has_position and is_whole):
             raise UserError(f"{path}: of older code; finish the run with that, or {ELSEWHERE}")
         changed = [f"--{name.replace('_', '-')} {now[name]} (was {before[name]})"
                    for name in config["recipe"] if now[name] != before[name]]
@@ -95,6 +96,15 @@ class State:
             raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
         if misfit := difference(checkpoint["model"], self.trained["model"].state_dict()):
             raise UserError(f"{path}: of another network: {misfit}; {ELSEWHERE}")
+        for name in ("optimizer", "schedule"):
+            was, now = (each["in_words"][name] for each in (checkpoint, config))
+            if was != now:
+                raise UserError(f"{path}: cannot go on with another {name}: it was {was}, and is "
+                                f"{now}; {ELSEWHERE}")
+        if checkpoint["keep"].keys() != self.keep.keys():
+            was, now = (", ".join(keep) or "nothing" for keep in (checkpoint["keep"], self.keep))
+            raise UserError(f"{path}: of a run that keeps {was}, and this one keeps {now}; "
+                            f"{ELSEWHERE}")
 
 
 def open_directory(directory: Path, state: State, config: dict, resume: bool,
@@ -108,7 +118,8 @@ def open_directory(directory: Path, state: State, config: dict, resume: bool,
     check_output_dir(directory, resume, overwrite, use_model=False)
     found, problem = load(directory, state, config) if resume else (None, "")
     if not found:
-        for name in (*RUN_FILES, *run_report.RUN_REPORTS, *evaluation.TEST_REPORTS):
+        later_code = (path.name for path in directory.glob("code-*.zip"))
+        for name in (*RUN_FILES, *run_report.RUN_REPORTS, *evaluation.TEST_REPORTS, *later_code):
             (directory / name).unlink(missing_ok=True)
     log.addHandler(logging.FileHandler(directory / "log.txt", "a", "utf-8", errors="replace"))
     if problem:
@@ -123,7 +134,8 @@ def load(directory: Path, state: State, config: dict) -> tuple[dict | None, str]
     for path in filter(Path.exists, (newest, previous)):
         try:
             checkpoint = utils.load_tensors(path)
-            if missing := {*config, "position", "ranks", *state.trained} - checkpoint.keys():
+            needed = {"script", "settings", "data", "position", "ranks", *state.trained}
+            if missing := needed - checkpoint.keys():
                 raise utils.DamagedFile(f"{path}: no checkpoint, it lacks {min(missing)}")
         except utils.DamagedFile as error:
             damaged.append(str(error))
@@ -142,6 +154,7 @@ def load(directory: Path, state: State, config: dict) -> tuple[dict | None, str]
 def log_start(directory: Path, found: dict | None, config: dict) -> None:
     """Log what the run is and where it goes on; write config.json if it is new or of new code."""
     log_words(config["in_words"])
+    archive = directory / "code.zip"
     if found:
         position = Position(**found["position"])
         log.info(f"resume     after {position.epoch} epochs and {position.step} steps")
@@ -158,8 +171,10 @@ def log_start(directory: Path, found: dict | None, config: dict) -> None:
         modules = f"{found['code']['modules']} then {config['code']['modules']}"
         config["code"] |= {"changed": True, "modules": modules}
         config["in_words"]["code"] = f"changed while it was trained: {modules}"
+        archive = directory / f"code-{modules[-12:]}.zip"
     elif config["settings"]["resume"]:
         log.info(f"resume     no checkpoint in {directory}, so the run begins")
+    utils.write_atomically(archive, runs.zip_code())
     write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 

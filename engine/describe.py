@@ -1,15 +1,21 @@
 """Describe a run: its config.json, and the first lines of its log."""
 
+import hashlib
+import json
 import platform
+import re
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
+import torchvision
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from data import Dataset
-from engine.optim import cutmix_by_epoch
+from engine.optim import Muon, cutmix_by_epoch, frozen_modules, kinds, rates
 from engine.runtime import Runtime
 from report import runs
 
@@ -17,52 +23,92 @@ from report import runs
 def header(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module) -> dict:
     """Return the first lines of a log, by their first word: command, device, data and network."""
     val = f", {len(dataset.val.labels):,} validation" if dataset.val else ""
+    parts = network(model)
+    is_frozen = parts["trained"] < parts["parameters"]
+    trained = f", of which {parts['trained']:,} are trained" if is_frozen else ""
+    side = "" if dataset.side == 32 else f" of {dataset.side} x {dataset.side} pixels"
     return {"command": args.command, "device": f"{runtime}, torch {torch.__version__}",
             "data": f"{dataset.name}: {len(dataset.train.labels):,} training{val} and "
-                    f"{len(dataset.test.labels):,} test images, {dataset.source}",
-            "network": "{name}, {parameters:,} parameters".format(**network(model))}
+                    f"{len(dataset.test.labels):,} test images{side}, {dataset.source}",
+            "network": f"{parts['name']}, {parts['parameters']:,} parameters{trained}"}
 
 
 def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module,
-           required: float, plan: dict[str, str]) -> dict:
+           required: float, optimizer: torch.optim.Optimizer, plan: dict[str, str]) -> dict:
     """Return the content of config.json; `plan` has lines of the log that no flag shows."""
     # They stand beside the flags; see engine.flags.Parser.read.
-    not_flags = ("recipe", "trained", "script", "command", "began")
-    settings = {name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(args).items() if name not in not_flags}
+    not_flags = ("recipe", "trained", "is_new", "script", "command", "began")
+    settings = {name: value for name, value in vars(args).items() if name not in not_flags}
+    settings = json.loads(json.dumps(settings, default=str))
     settings["precision"] = runtime.precision
+    if type(optimizer) is not Muon:
+        settings["optimizer"] = type(optimizer).__name__
     code, lines = runs.describe_code(), header(args, runtime, dataset, model)
     lines["code"] = runs.name_of_code(code).removeprefix("code ")
+    shown = settings | {"dataset": dataset.name}  # the user's own set has no flag
     lines["recipe"] = ", ".join(
-        f"{name.replace('_', ' ')} {settings[name]}" for name in (*args.recipe, "weights")
-        if settings.get(name) is not None and settings[name] is not False)
+        f"{name.replace('_', ' ')} {shown[name]}" for name in (*args.recipe, "weights")
+        if shown.get(name) is not None and shown[name] is not False)
     return {"script": args.script, "dataset": dataset.name,
             "required_accuracy": required if dataset.name == "cifar100" else None,
             "runtime": str(runtime), "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__, "numpy": np.__version__,
             "python": platform.python_version(), "system": platform.platform(),
-            "code": code, "data": dataset.checksum, "classes": list(map(str, dataset.class_names)),
-            "network": network(model), "recipe": list(args.recipe), "settings": settings,
-            "in_words": lines | plan}
+            "processor": processor(), "processes": runtime.ranks,
+            "code": code, "data": dataset.checksum, "image_side": dataset.side,
+            "classes": list(map(str, dataset.class_names)), "network": network(model),
+            "recipe": list(args.recipe), "settings": settings,
+            "weights_sha256": _sha256(settings.get("weights")), "in_words": lines | plan}
 
 
-def plan(args: Namespace, optimizer: torch.optim.Optimizer, sizes: list[int],
+def processor() -> str:
+    """Return the name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, where platform knows only the architecture
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return found[1] if found else platform.processor()
+
+
+def _sha256(weights: str | None) -> str:
+    """Return the hash of a file of weights, or "" if there is none."""
+    is_file = weights and Path(weights).is_file()
+    return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if is_file else ""
+
+
+def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[int],
          total_steps: int, steps_per_epoch: int, augment: object) -> dict[str, str]:
     """Return log lines for facts that no flag shows, keyed by their first word."""
+    kind_of, by_step, optimizer = kinds(model), rates(scheduler, total_steps), scheduler.optimizer
     groups = []
-    for group in optimizer.param_groups:
-        count = sum(parameter.numel() for parameter in group["params"])
-        groups.append(f"{'Muon' if 'muon' in group else 'SGD'} of {count:,} weights at rate "
-                      f"{group.get('max_lr', group['lr']):g}, decay {group['weight_decay']:g}")
+    for group, of_group in zip(optimizer.param_groups, zip(*by_step, strict=True), strict=True):
+        name = type(optimizer).__name__
+        if isinstance(optimizer, Muon):
+            name = "Muon" if "muon" in group else "SGD"
+        if count := sum(weight.numel() for weight in group["params"]):
+            what = ", ".join(dict.fromkeys(kind_of.get(w, "others") for w in group["params"]))
+            groups.append(f"{name} of {count:,} weights ({what}) at peak rate {max(of_group):.3g}, "
+                          f"decay {group.get('weight_decay', 0):g}")
+    first = [of_step[0] for of_step in by_step]  # the rates of the first group
+    peak = first.index(max(first))
     epochs = [f"{count} of {size}px" for size, count in Counter(sizes).items()]
     changes = ["crop", "flip"]
     if args.cutmix:
         mixed = cutmix_by_epoch(len(sizes), args.cutmix)
         changes.append(f"CutMix until epoch {len(mixed) - mixed.count(0)}")
     if augment:
-        changes.append(getattr(augment, "__name__", "AUGMENT"))
-    return {"optimizer": "; ".join(groups), "output": str(args.output_dir),
+        changes.append(getattr(augment, "__name__", type(augment).__name__))
+    return {"optimizer": "; ".join(groups),
+            "schedule": f"{type(scheduler).__name__}: rate {first[0]:.3g} in step 1, "
+                        f"{first[peak]:.3g} in step {peak + 1:,}, {first[-1]:.3g} in step "
+                        f"{total_steps:,}",
+            "output": str(args.output_dir),
             "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
             "images": f"epochs: {', '.join(epochs)}; random {', '.join(changes)}"}
+
+
+def modes(model: nn.Module, in_evaluation_mode: set[nn.Module]) -> dict[str, str]:
+    """Return the log line that says how much of a network is not in training mode, if anything."""
+    still, count = len(in_evaluation_mode | frozen_modules(model)), len(list(model.modules()))
+    return {"modes": f"{still} of {count} modules stay in evaluation mode"} if still else {}
 
 
 def network(model: nn.Module) -> dict:
@@ -75,4 +121,5 @@ def network(model: nn.Module) -> dict:
             kind = f"{len(layer)} x {parts.pop()}"
         layers.append([name, kind, sum(p.numel() for p in layer.parameters())])
     return {"name": type(model).__name__, "layers": layers,
-            "parameters": sum(p.numel() for p in model.parameters())}
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}

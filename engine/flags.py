@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from engine.checkpoint import check_output_dir
+from engine import checkpoint
 from engine.process import command_line
 from engine.runtime import PRECISIONS
 from report.runs import read_config
@@ -33,7 +33,11 @@ def bounded(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[
 
 
 class Parser(argparse.ArgumentParser):
-    """The shared flags; a script adds its own to `recipe_group` or `data_group`."""
+    """The shared flags, in groups; a script adds its own.
+
+    All flags are of the recipe, which a resumed run must keep and by which runs are told apart, but
+    for those of `data_group`, `output_group` and `machine_group`.
+    """
 
     def __init__(self, docstring: str, output_dir: str):
         title, _, examples = docstring.partition("\n\n")
@@ -48,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         add("--no-download", action="store_true", help="fail rather than download (offline nodes)")
         self.recipe_group = self.add_argument_group("recipe", "a resumed run must keep all of it")
         _add_recipe(self.recipe_group.add_argument)
-        output = self.add_argument_group("output")
+        self.output_group = output = self.add_argument_group("output")
         output.add_argument("--output-dir", type=Path, default=Path(output_dir), metavar="DIR")
         add = output.add_mutually_exclusive_group().add_argument
         add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
@@ -61,7 +65,8 @@ class Parser(argparse.ArgumentParser):
         add = output.add_argument
         add("--tensorboard", action="store_true", help="write DIR/tensorboard, too")
         add("--debug", action="store_true", help="show the traceback of an error")
-        add = self.add_argument_group("machine and job").add_argument
+        self.machine_group = self.add_argument_group("machine and job")
+        add = self.machine_group.add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
         add("--compile", action="store_true", help="torch.compile, for runs of an hour on CUDA")
         add("--checkpoint-minutes", type=bounded(float, 0), default=10, metavar="M",
@@ -82,7 +87,8 @@ class Parser(argparse.ArgumentParser):
 
         A flag that is not given has the value of the run whose model is used, else of
         `variant(epochs, optimizer)`, else of `recipe`, else its default. The namespace also has
-        `recipe` (names), `trained` (that run's config.json or {}), `script`, `command` and `began`.
+        `recipe` (names), `trained` (that run's config.json or {}), `is_new` (the run begins),
+        `script`, `command` and `began`.
         """
         defaults = {}
         for action in self._actions[1:]:  # the first one is --help
@@ -95,21 +101,24 @@ class Parser(argparse.ArgumentParser):
         given = vars(self.parse_args(flags))
         known = argparse.Namespace(**defaults | given)
         use_model = bool(known.eval_only or known.predict)
-        check_output_dir(known.output_dir, known.resume, known.overwrite, use_model)
+        checkpoint.check_output_dir(known.output_dir, known.resume, known.overwrite, use_model)
         trained = _read_trained(known.output_dir, script.stem) if use_model else {}
-        names = [action.dest for action in self.recipe_group._group_actions]
-        # This machine may compute in another precision.
-        of_model = {name: value for name, value in trained.get("settings", {}).items()
-                    if name in names and name != "precision"}
-        for action in self.recipe_group._group_actions:
-            value = of_model.get(action.dest)
-            if action.type and isinstance(value, (int, float, str)):
+        others = [action for group in (self.data_group, self.output_group, self.machine_group)
+                  for action in group._group_actions]
+        recipe_flags = [action for action in self._actions[1:] if action not in others]
+        names = [action.dest for action in recipe_flags]
+        of_model = {}
+        for action in recipe_flags:
+            # This machine may compute in another precision.
+            if action.dest != "precision" and action.dest in trained.get("settings", {}):
                 with guard(f"{known.output_dir / 'config.json'}: --{action.dest}", Exception):
-                    action.type(str(value))
+                    of_model[action.dest] = _of_type(action, trained["settings"][action.dest])
+        # Else model.pt or a checkpoint has all weights, and no others need to be read.
+        is_new = not (use_model or (known.resume and checkpoint.exists(known.output_dir)))
         settings = defaults | variant(known.epochs, known.optimizer) | of_model | given
         return argparse.Namespace(
-            **settings, recipe=names, trained=trained, script=script.stem, began=time.monotonic(),
-            command=shlex.join(["python", str(script), *flags]))
+            **settings, recipe=names, trained=trained, is_new=is_new, script=script.stem,
+            command=shlex.join(["python", str(script), *flags]), began=time.monotonic())
 
 
 def _add_recipe(add: Callable) -> None:
@@ -134,6 +143,14 @@ def _add_recipe(add: Callable) -> None:
         help="hold out N training images, as many of each class, to choose settings by")
     add("--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto: bf16 where the chip computes in it, else fp16 on CUDA, else fp32")
+
+
+def _of_type(action: argparse.Action, value: Any) -> Any:  # noqa: ANN401
+    """Return a value of config.json as the flag would have read it."""
+    if isinstance(value, list):
+        return [_of_type(action, one) for one in value]
+    is_text = action.type and isinstance(value, (int, float, str))
+    return action.type(str(value)) if is_text else value
 
 
 def _read_trained(directory: Path, script: str) -> dict:

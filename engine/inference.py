@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import data
 from cifar100.classes import CLASS_NAMES
 from engine import describe, loop, weights
-from engine.run import check_outputs
+from engine.checks import check_outputs
 from engine.runtime import Runtime
 from report import evaluation, runs
 from report.log import log_words, progress
@@ -32,7 +32,7 @@ def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable
     model = runtime.place(model)
     weights.load(model, args.output_dir / "model.pt")
     if args.predict:
-        images, files = pictures(args.predict)
+        images, files = pictures(args.predict, args.trained.get("image_side", 32))
         split = data.Split(images, torch.zeros(len(images), dtype=torch.int64))  # labels not read
     else:
         dataset = load_data(args)
@@ -53,8 +53,8 @@ def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable
         evaluation.write_test_report(logits, dataset, args.output_dir)
 
 
-def pictures(paths: list[Path]) -> tuple[Tensor, list[Path]]:
-    """Read pictures, and folders of them, as uint8 (N, 3, 32, 32); return them and their files."""
+def pictures(paths: list[Path], side: int = 32) -> tuple[Tensor, list[Path]]:
+    """Return pictures, and folders of them, as uint8 (N, 3, side, side), and their files."""
     files = []
     for path in paths:
         inside = sorted(file for file in path.glob("[!.]*")
@@ -62,11 +62,11 @@ def pictures(paths: list[Path]) -> tuple[Tensor, list[Path]]:
         if path.is_dir() and not inside:
             raise UserError(f"{path}: holds no picture ({' '.join(PICTURE_SUFFIXES)})")
         files += inside or [path]
-    return torch.stack([_read_picture(file) for file in files]), files
+    return torch.stack([_read_picture(file, side) for file in files]), files
 
 
-def _read_picture(file: Path) -> Tensor:
-    """Return the middle square of a picture, upright, as uint8 (3, 32, 32)."""
+def _read_picture(file: Path, side: int) -> Tensor:
+    """Return the middle square of a picture, upright, as uint8 (3, side, side)."""
     # A damaged file can raise anything.
     with guard(f"{file}: cannot be read as a picture", Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,5 +76,5 @@ def _read_picture(file: Path) -> Tensor:
                 pixels = (np.asarray(picture) // 256).clip(0, 255)
                 picture = Image.fromarray(pixels.astype(np.uint8))
             picture = picture.convert("RGB")
-    pixels = np.array(ImageOps.fit(picture, (32, 32)))  # (32, 32, 3)
+    pixels = np.array(ImageOps.fit(picture, (side, side)))  # (side, side, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1)

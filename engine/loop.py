@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data import epoch_seed
+from engine.optim import frozen_modules
 from engine.run import Run
 from engine.runtime import Runtime
 from report.log import Metrics, duration, progress, score
@@ -21,9 +22,11 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
 
     `batches` yield float images (B, 3, H, W), labels, int64 (B,) or float shares (B, classes), and
     a weight, from step `run.step` on. `train_step(run, images, labels)` returns loss and logits.
+    Modules whose weights are frozen, or that `run.start` got in evaluation mode, stay in that.
     Raises UserError if the loss is not finite, or if the run must stop.
     """
     run.model.train()
+    in_evaluation_mode = run.in_evaluation_mode | frozen_modules(run.model)
     if run.step == 0:
         torch.manual_seed(epoch_seed(run.args.seed, run.epoch) + run.runtime.rank)
     batches, end = iter(batches), run.steps_in(run.epoch)
@@ -34,6 +37,8 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
             began = time.monotonic()
             images, labels, run.loss_weight = next(batches)
             images, labels = run.augment(images, labels)
+            for module in in_evaluation_mode:
+                module.training = False
             loss, logits = train_step(run, images, labels)
             run.count(loss, logits, labels)
             if run.step % CHECK_EVERY == 0:

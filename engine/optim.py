@@ -1,13 +1,20 @@
 """Muon, the groups of weights that it or SGD trains, and the schedules of a run."""
 
+import copy
+import inspect
+import warnings
+
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from utils import log
 
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 # CutMix is off in the last 30 % of the epochs, at most 6: in runs of 40 epochs, 6 did better than
 # 12 (results/README.md). YOLOX also stops mixing images early (Ge et al. 2021, arXiv:2107.08430).
 UNMIXED, MOST_UNMIXED = 0.3, 6
+MUON_KINDS = ("convolutions", "1x1 convolutions")  # kinds of weights that Muon takes, see `kinds`
 
 
 class Muon(torch.optim.SGD):
@@ -21,7 +28,8 @@ class Muon(torch.optim.SGD):
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False,
                  iterations: int = 5):
-        super().__init__(groups)
+        # What trains nothing, where all of a kind is frozen, goes, but for the sake of an error.
+        super().__init__([group for group in groups if group["params"]] or groups)
         self.dtype, self.pad, self.iterations = dtype, pad, iterations
         self.zeros: dict[torch.Size, Tensor] = {}  # by shape, (widest, out)
 
@@ -33,7 +41,8 @@ class Muon(torch.optim.SGD):
             if weights and "muon" in group:
                 # SGD's own momentum is 0 in such a group: it adds the weight decay and steps.
                 self._orthogonalize_gradients(weights, group["muon"])
-        super().step()
+        # Without the wrapper of a public step(), which would call the user's hooks once more.
+        inspect.unwrap(torch.optim.SGD.step)(self)
 
     def _orthogonalize_gradients(self, weights: list[Tensor], momentum: float) -> None:
         stacks = {}  # of weights whose gradients are orthogonalised together
@@ -88,23 +97,69 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> 
     return x
 
 
-def split(model: nn.Module, head: str = "") -> tuple[list[nn.Parameter], ...]:
-    """Return the weights that are trained: convolutions, matrices, vectors, and those of `head`.
+def kinds(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the kind of each weight, as the log calls it."""
+    kinds = {}
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            kind = "other matrices" if weight.ndim > 1 else "norms and biases"
+            if isinstance(module, nn.Linear) and weight is module.weight:
+                kind = "linear layers"
+            elif isinstance(module, nn.Conv2d) and weight is module.weight:
+                kind = "1x1 convolutions" if weight.shape[2:].numel() == 1 else "convolutions"
+                # A depthwise or grouped convolution is many small matrices rather than one.
+                kind = "grouped convolutions" if module.groups > 1 else kind
+            kinds.setdefault(weight, kind)
+    return kinds
 
-    Matrices have two or more dimensions. No weight of the layer `head` is in the other three.
+
+def split(model: nn.Module, head: str = "") -> tuple[list[nn.Parameter], ...]:
+    """Return the weights that are trained: those that Muon takes, matrices, vectors, and the head.
+
+    Muon takes MUON_KINDS. Matrices are all others of two or more dimensions: linear layers, grouped
+    convolutions, tokens. No weight of the layer `head` is in the other three.
     """
-    kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d)}
-    convolutions, matrices, vectors, of_head = [], [], [], []
+    kind_of = kinds(model)
+    for_muon, matrices, vectors, of_head = [], [], [], []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
         if head and name.startswith(f"{head}."):
             of_head.append(weight)
-        elif weight in kernels:
-            convolutions.append(weight)
+        elif kind_of[weight] in MUON_KINDS:
+            for_muon.append(weight)
         else:
             (matrices if weight.ndim > 1 else vectors).append(weight)
-    return convolutions, matrices, vectors, of_head
+    if head and not of_head:
+        log.info(f"note       no layer {head!r} is trained (HEAD in the script): no weight has the "
+                 "rate of the head")
+    return for_muon, matrices, vectors, of_head
+
+
+def frozen_modules(model: nn.Module) -> set[nn.Module]:
+    """Return the modules whose own weights, or all weights inside, have requires_grad False."""
+    frozen = set()
+    for module in model.modules():
+        own, inside = ([weight.requires_grad for weight in module.parameters(recurse)]
+                       for recurse in (False, True))
+        if inside and not any(inside):
+            frozen.update(module.modules())  # those without weights, such as dropout, too
+        elif own and not any(own):
+            frozen.add(module)
+    return frozen
+
+
+def rates(scheduler: LRScheduler, total_steps: int) -> list[list[float]]:
+    """Return the learning rates of each step, one for each of the optimizer's groups."""
+    weights = [weight for group in scheduler.optimizer.param_groups for weight in group["params"]]
+    twin = copy.deepcopy(scheduler, {id(weight): weight for weight in weights})  # these are shared
+    rates = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its optimizer takes no steps
+        for _ in range(total_steps):
+            rates.append([float(group["lr"]) for group in twin.optimizer.param_groups])
+            twin.step()
+    return rates
 
 
 def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[int]:

@@ -5,13 +5,14 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from data import Dataset, epoch_seed
-from engine import checkpoint, describe
+from engine import checkpoint, checks, describe
 from engine.checkpoint import Position, State
 from engine.clock import Clock
 from engine.runtime import Runtime, peak_memory
@@ -21,6 +22,10 @@ from utils import AGAIN, ELSEWHERE, FAILED, STOPPED, UserError, guard, log
 
 SAVE_AFTER = 30  # save at an epoch's end if the last save is older than this (seconds)
 SIZE_POWER = 1.6  # a step's time grows with an image's side to this power; measured: 1.4 to 1.7
+
+
+# Of images, labels and a generator on the device: it returns images and labels. See Run.augment.
+Augment = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 class Run:
@@ -52,55 +57,86 @@ class Run:
         return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler,
-              sizes: list[int], augment: Callable | None = None) -> None:
-        """Begin, or with --resume go on; `sizes` are the sides of each epoch's images in pixels."""
-        args, runtime = self.args, self.runtime
-        check_groups(model, optimizer.param_groups)
-        check_outputs(model, sizes, self.dataset, runtime)
+              sizes: list[int], augment: Augment | None = None,
+              keep: dict[str, Any] | None = None) -> None:
+        """Begin, or with --resume go on.
+
+        `sizes` are the sides of each epoch's images in pixels. `augment(images, labels, generator)`
+        changes a batch: float images (B, 3, H, W) and float shares (B, classes). Checkpoints also
+        hold the state of each object in `keep`, which has state_dict() and load_state_dict().
+        """
+        args, runtime, self.keep = self.args, self.runtime, keep or {}
+        # These modules stay in evaluation mode, and so do those that are frozen.
+        self.in_evaluation_mode = {module for module in model.modules() if not module.training}
+        checks.check_groups(model, optimizer.param_groups)
+        checks.check_outputs(model, sizes, self.dataset, runtime)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes, self.augmentation = runtime.scaler(), sizes, augment
-        self.network, averages = model, []  # the model, which several ranks wrap
+        self.network = model  # which several ranks wrap
         if runtime.ranks > 1:
-            averages = [tensor for tensor in model.buffers() if tensor.is_floating_point()]
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         trained = {"model": model, "optimizer": optimizer, "scheduler": scheduler,
                    "scaler": self.scaler}
-        self.state = State(trained, Position(), torch.zeros(3, device=runtime.device), averages)
-        plan = describe.plan(args, optimizer, sizes, self.total_steps, self.steps_per_epoch,
+        sums = torch.zeros(3, device=runtime.device)
+        self.state = State(trained, self.keep, Position(), sums, self._own_statistics())
+        plan = describe.plan(args, model, scheduler, sizes, self.total_steps, self.steps_per_epoch,
                              augment)
-        self.config = describe.config(args, runtime, self.dataset, model, self.required, plan)
+        plan |= describe.modes(model, self.in_evaluation_mode)
+        self.config = describe.config(args, runtime, self.dataset, model, self.required, optimizer,
+                                      plan)
         self.clock.catch_signals()
-        with guard(f"{args.output_dir}: cannot be written", OSError, f"; make room or {ELSEWHERE}"):
-            self.lock, found = (None, None) if runtime.rank else checkpoint.open_directory(
-                args.output_dir, self.state, self.config, args.resume, args.overwrite)
-            found = runtime.broadcast(found)
-            if found:
-                self.state.restore(found, runtime)
-                self.config["settings"] = found["settings"]  # this start may leave out --weights
-            if runtime.rank == 0:
-                checkpoint.log_start(args.output_dir, found, self.config)
+        self._open_directory()
         if self.tensorboard and runtime.rank == 0:
             self.tensorboard.write(self.state.position.history)
         if runtime.compile:
             log.info("compile    begins with the first step, and again for images of another size")
         self.clock.lap_began = self.clock.saved_at = time.monotonic()
 
+    def _open_directory(self) -> None:
+        """Make or take over the output directory; go on from its checkpoint, if there is one."""
+        args, found = self.args, None
+        with guard(f"{args.output_dir}: cannot be written", OSError, f"; make room or {ELSEWHERE}"):
+            if self.runtime.rank == 0:
+                self.lock, found = checkpoint.open_directory(
+                    args.output_dir, self.state, self.config, args.resume, args.overwrite)
+            found = self.runtime.broadcast(found)
+            if found:
+                self.state.restore(found, self.runtime)
+                # This start may leave out --weights.
+                self.config |= {name: found[name] for name in ("settings", "weights_sha256")}
+            if self.runtime.rank == 0:
+                checkpoint.log_start(args.output_dir, found, self.config)
+
+    def _own_statistics(self) -> list[Tensor]:
+        """Return the averages of batch norms, if each rank has its own."""
+        parts = [self.model, *self.keep.values()] if self.runtime.ranks > 1 else []
+        return [tensor for part in parts if isinstance(part, nn.Module)
+                for tensor in part.buffers() if tensor.is_floating_point()]
+
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images (B, 3, H, W) and labels as the user's own function changes them."""
+        """Return images (B, 3, H, W) and labels as the user's own function changes them.
+
+        It gets and returns labels as shares of each class, float32 (B, classes).
+        """
         if not self.augmentation:
             return images, labels
+        if labels.ndim == 1:
+            labels = nn.functional.one_hot(labels, len(self.dataset.class_names)).float()
         step = self.epoch * self.steps_per_epoch + self.step
         # + 1: SeedSequence ignores trailing zeros, so rank 0 would reuse an epoch's shuffling seed.
         seed = epoch_seed(self.args.seed, step, self.runtime.rank + 1)
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
-        return self.augmentation(images, labels, generator)
+        images, changed = self.augmentation(images, labels, generator)
+        if not self.clock.progressed:
+            checks.check_augmented(images, changed, labels.shape)
+        return images, changed
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of the batch's loss, of which this rank has a share."""
         self.optimizer.zero_grad()
         self.scaler.scale(loss * self.loss_weight).backward()
         if not self.clock.progressed:
-            check_gradients(self.model, self.runtime.ranks)
+            checks.check_gradients(self.model, self.runtime.ranks)
 
     def take_step(self) -> None:
         """Have the optimizer change the weights, and the schedule the learning rate."""
@@ -227,8 +263,9 @@ class Run:
         except OSError as error:
             log.info(f"warning    not saved ({error}); training goes on, the next save tries again")
 
-    def finish(self) -> None:
-        """Save, write model.pt and the report, and print the last lines."""
+    def finish(self, model: nn.Module | None = None) -> None:
+        """Save, write `model` or the trained one as model.pt, write the report, tell the end."""
+        model = self.model if model is None else model
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
         history = self.state.position.history
         with guard(f"{self.args.output_dir}: not all is written", OSError,
@@ -236,40 +273,6 @@ class Run:
             if self.clock.progressed:
                 self.save()
             if self.runtime.rank == 0:
-                checkpoint.write_results(self.args.output_dir, self.model, history)
+                checkpoint.write_results(self.args.output_dir, model, history)
         accuracy, required = history[-1]["test_acc"], self.config["required_accuracy"]
         log.info(f"final test accuracy {accuracy:.2%} ({verdict(accuracy, required)})")
-
-
-def check_groups(model: nn.Module, groups: list[dict]) -> None:
-    """Raise UserError unless every weight that is to be trained is in exactly one group."""
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (count := grouped.count(id(parameter))) != 1:
-            raise UserError(f"the network's {name} is in {count} groups of the optimizer, not in "
-                            "one: see make_optimizer")
-
-
-def check_gradients(model: nn.Module, ranks: int) -> None:
-    """Name the weights that no gradient reaches; raises UserError if there are several ranks."""
-    unused = [name for name, parameter in model.named_parameters()
-              if parameter.requires_grad and parameter.grad is None]
-    if unused and ranks > 1:
-        raise UserError(f"no gradient reaches {', '.join(unused)}: the processes of torchrun "
-                        "must share all; remove them, or set requires_grad = False")
-    if unused:
-        log.info(f"note       no gradient reaches {', '.join(unused)} in the first step")
-
-
-@torch.inference_mode()
-def check_outputs(model: nn.Module, sizes: list[int], dataset: Dataset, runtime: Runtime) -> None:
-    """Raise UserError unless the network has an output (B, C) for each class, at every size."""
-    classes = len(dataset.class_names)
-    model.eval()
-    for size in dict.fromkeys(sizes):
-        with runtime.autocast():
-            # forward() itself is never compiled.
-            logits = model.forward(torch.zeros(2, 3, size, size, device=runtime.device))
-        if logits.ndim != 2 or logits.shape[1] != classes:
-            raise UserError(f"the network's outputs are {tuple(logits.shape)}, and must be "
-                            f"({len(logits)}, {classes}), for there are {classes} classes")

@@ -43,6 +43,8 @@ def load_pretrained(model: nn.Module, head: str, weights: str | None, download: 
 
 def load(model: nn.Module, path: Path | str, head: str = "") -> None:
     """Load a file's state_dict, but for the layer `head`; raises UserError if it does not fit."""
+    if path is None:
+        raise UserError("no weights: name their file, for example with --weights")
     try:
         state = load_tensors(path)
     except DamagedFile as error:

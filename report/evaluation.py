@@ -26,8 +26,7 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     metrics = score(logits, labels)
     log.info(f"test loss {metrics.loss:.3f} acc {metrics.accuracy:6.2%} top5 {metrics.top5:6.2%}  "
              f"({metrics.images:,} {dataset.name} images)")
-    # Break ties as `score` does, unlike argmax: logits computed in bf16 can tie.
-    taken, confidence = top5(logits).indices[:, 0], logits.softmax(1).amax(1)
+    taken, confidence = logits.argmax(1), logits.softmax(1).amax(1)
     confusion = np.zeros((len(names), len(names)), int)  # (class, class that it was taken for)
     np.add.at(confusion, (labels.numpy(), taken.numpy()), 1)
     superclasses: dict[str, list[int]] = {}  # their labels
@@ -115,9 +114,9 @@ def _score_tables(metrics: Metrics, confusion: np.ndarray, names: Sequence[str],
 def print_predictions(logits: Tensor, class_names: Sequence[str], files: list[Path]) -> None:
     """Print each file's five likeliest classes by logits (N, classes); as CSV but on a terminal."""
     rows = []
-    for file, shares, labels in zip(files, *top5(logits.softmax(1)), strict=True):
-        rows += [(str(file), rank, class_names[label], share.item())
-                 for rank, (share, label) in enumerate(zip(shares, labels, strict=True), 1)]
+    for file, shares, labels in zip(files, logits.softmax(1), top5(logits)[1], strict=True):
+        rows += [(str(file), rank, class_names[label], shares[label].item())
+                 for rank, label in enumerate(labels, 1)]
     if sys.stdout and sys.stdout.isatty():
         width = max(len(name) for name, *_ in rows)
         text = "".join(f"{name if rank == 1 else '':{width}}  {label:13} {share:6.1%}\n"

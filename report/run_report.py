@@ -8,6 +8,8 @@ from report.write import markdown_table, write_picture, write_text
 from utils import UserError, log
 
 RUN_REPORTS = ("report.md", "curves.png")
+ENVIRONMENT = ("runtime", "processor", "torch", "torchvision", "numpy", "python", "system",
+               "weights_sha256")
 
 
 def write_run_report(directory: Path, history: list[dict]) -> None:
@@ -20,7 +22,7 @@ def write_run_report(directory: Path, history: list[dict]) -> None:
     config, last, network = record.config, history[-1], record.config["network"]
     images = "CIFAR-100" if config["dataset"] == "cifar100" else f"{config['dataset']} images"
     layers = [*network["layers"], ("all", network["name"], network["parameters"])]
-    environment = ((name, config[name]) for name in ("runtime", "torch", "python", "system"))
+    environment = ((name, config[name]) for name in ENVIRONMENT if config.get(name))
     write_text(directory / "report.md", "".join([
         f"# {network['name']} on {images}: {last['test_acc']:.2%} after epoch {last['epoch']:.0f}",
         "\n\n", summary_table([record]),

@@ -2,10 +2,12 @@
 
 import csv
 import hashlib
+import io
 import json
 import statistics
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -31,15 +33,9 @@ class RunRecord(NamedTuple):
 
 def describe_code() -> dict:
     """Return the git commit of the project, if any, and a hash of its modules in this process."""
-    python = f"python3.{sys.version_info.minor}"  # of an environment in the project
-    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
-             if getattr(module, "__file__", None)}
-    own = sorted(file for file in files if file.is_relative_to(ROOT) and file.is_file()
-                 and not {"tests", "site-packages", python} & set(file.relative_to(ROOT).parts))
-    # The script may lie elsewhere.
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    sources = sorted({*own, Path(script).resolve()}) if script else own
+    sources = _sources()
     modules = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    own = [file for file in sources if file.is_relative_to(ROOT)]
     commands = ["rev-parse", "HEAD"], ["status", "--porcelain", "--", *own]
     try:
         commit, changes = (subprocess.run(["git", "-C", ROOT, *command], capture_output=True,
@@ -47,6 +43,30 @@ def describe_code() -> dict:
     except (OSError, subprocess.SubprocessError):
         commit = changes = ""  # no git, or no checkout
     return {"commit": commit[:12], "changed": bool(changes), "modules": modules[:12]}
+
+
+def zip_code() -> bytes:
+    """Return a zip file of the modules that `describe_code` hashes, in their folders."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for file, name in _sources().items():
+            archive.write(file, name)
+    return buffer.getvalue()
+
+
+def _sources() -> dict[Path, str]:
+    """Return the modules of the project and of the script's folder, with their paths in there."""
+    # The script may lie elsewhere.
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    roots = [ROOT, Path(script).resolve().parent] if script else [ROOT]
+    not_ours = {"tests", "site-packages", f"python3.{sys.version_info.minor}"}  # an environment's
+    sources = {}
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "").resolve()
+        root = next(filter(file.is_relative_to, roots), None)
+        if root and file.is_file() and not not_ours & {*file.relative_to(root).parts}:
+            sources[file] = str(file.relative_to(root))
+    return dict(sorted(sources.items()))
 
 
 def name_of_code(code: dict) -> str:
@@ -145,7 +165,7 @@ def _identity(config: dict) -> dict[str, tuple[object, str]]:
     identity, code, network = {}, config["code"], config["network"]
     # A resumed run may omit --weights, so it is not in the recipe, but it makes another network.
     for name in (*config["recipe"], "weights"):
-        value = config["settings"].get(name)
+        value = {**config["settings"], "dataset": config["dataset"]}.get(name)
         if value is not None and name != "seed":
             words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
             identity[f"--{name}"] = value, words

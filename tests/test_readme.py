@@ -18,9 +18,10 @@ from report.runs import read_run
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = {name: (ROOT / name).read_text()
-             for name in ("README.md", "results/README.md", "slurm/README.md", "tests/README.md")}
+             for name in ("README.md", "engine/README.md", "results/README.md",
+                          "slurm/README.md", "tests/README.md")}
 # The most lines of each, and the most columns of a line outside tables and code.
-LIMITS = {"README.md": (160, 100), "results/README.md": (250, 100),
+LIMITS = {"README.md": (160, 100), "engine/README.md": (130, 100), "results/README.md": (250, 100),
           "slurm/README.md": (100, 100), "tests/README.md": (90, 100)}
 MOST_WORDS = 1500  # of README.md
 # How README.md calls the machines of accuracies.csv, by the beginning of their names there.
@@ -29,7 +30,7 @@ MACHINES = {"Intel Xeon": "xeon", "AMD Zen 4": "zen4", "H200": "h200"}
 OF_OTHERS = {"--help", "--array", "--nodes", "--gpus-per-node", "--nproc-per-node", "--kills",
              "--time", "--account", "--partition", "--mem", "--requeue", "--open-mode", "--signal",
              "--output", "--device-count", "--dependency", "--durations", "--envs", "--index-url",
-             "--logdir"}
+             "--logdir", "--standalone", "--nproc_per_node"}
 both = pytest.mark.parametrize("name", ["train_resnet", "finetune_resnet18"])
 
 
@@ -112,7 +113,7 @@ def test_every_flag_that_a_document_names_exists(helps, document):
     known = set(re.findall(r"--[a-z][a-z0-9-]+", "".join(helps.values())))
     known |= set(re.findall(r"--[a-z-]+", script("results/benchmark", "--help").stdout))
     known |= set(re.findall(r"--[a-z-]+", call(compare_runs, "--help").stdout))
-    named = set(re.findall(r"(?<![-\w|])--[a-z][a-z0-9-]+", DOCUMENTS[document]))
+    named = set(re.findall(r"(?<![-\w|])--[a-z][a-z0-9_-]+", DOCUMENTS[document]))
     assert named - known - OF_OTHERS <= {"--blocks"}, "but for the example of a flag of one's own"
 
 
@@ -158,9 +159,8 @@ def changed_script(tmp_path, *parts) -> Path:
     for part in parts:
         (block,) = (block for block in code_blocks(section("Change it")) if part in block)
         assert block.count("\n") <= 10
-        # A flag comes before another line, all else takes the place of what is there.
-        old = {"add(": r"(?=^    return parser.read)",
-               "AUGMENT": r"^AUGMENT = None.*?\n"}.get(part, rf"^{part}.*?\n\n(?=\n)")
+        # A flag comes before another line, a function takes the place of what is there.
+        old = r"(?=^    return parser.read)" if part == "add(" else rf"^{part}.*?\n\n(?=\n)"
         text = re.sub(old, block, text, flags=re.MULTILINE | re.DOTALL)
         assert block in text
     for path in ROOT.glob("*.py"):
@@ -172,7 +172,7 @@ def changed_script(tmp_path, *parts) -> Path:
 
 
 def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_path):
-    mine = changed_script(tmp_path, "add(", "def make_model", "AUGMENT")
+    mine = changed_script(tmp_path, "add(", "def make_model", "def make_augment")
     flags = ["--dataset", "synthetic", "--device", "cpu", "--batch-size", 20, "--max-steps", 3,
              "--blocks", 1, "--resume", "--output-dir"]
     whole, chain, plain = tmp_path / "whole", tmp_path / "chain", tmp_path / "plain"
@@ -206,7 +206,8 @@ def test_images_of_ones_own_are_trained_on_tested_and_named(tmp_path):
     process = script(mine, *flags, "--batch-size", 20, "--max-steps", 2, "--val-size", 100,
                      "--cutmix", 0.5)
     assert (process.returncode, process.stderr) == (0, "")
-    assert "mine: 900 training, 100 validation and 1,000 test images, made by" in process.stdout
+    assert ("mine: 900 training, 100 validation and 1,000 test images of 48 x 48 pixels, made by"
+            in process.stdout)
     assert "not on CIFAR-100" in process.stdout.splitlines()[-1]
     tested = script(mine, *flags, "--eval-only")
     assert (tested.returncode, tested.stderr) == (0, "") and "1,000 mine images" in tested.stdout

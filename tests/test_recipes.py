@@ -258,11 +258,11 @@ def test_an_augmentation_of_ones_own_changes_the_training_images_of_either_part(
     blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "README.md").read_text(),
                         re.MULTILINE | re.DOTALL)
     # It greys out a square.
-    (block,) = (block for block in blocks if "AUGMENT" in block)
+    (block,) = (block for block in blocks if "def make_augment" in block)
     names = {"torch": torch}
     exec(block, names)
     run = train(name, plain(10), tmp_path, *SMALL[name][2], "--epochs", 2, "--low-res", 0.5,
-                augment=names["AUGMENT"])
+                augment=names["make_augment"](None, None, None))
     grey = [(shown.images == 0).all(1).flatten(1).sum(1) for shown in run.trained]
     assert len(grey) == 2 and all(pixels.gt(0).all() and pixels.le(64).all() for pixels in grey)
     assert not any((shown.images == 0).any() for shown in run.tested)

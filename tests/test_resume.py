@@ -200,7 +200,7 @@ def test_a_second_interrupt_ends_at_once(whole, tmp_path):
     before = functools.partial(at_batch, 1, interrupt_twice)
     stopped = whole("train_resnet").script(tmp_path, before=before)
     assert (stopped.returncode, stopped.stderr) == (130, "train_resnet.py: interrupted\n")
-    assert set(contents(tmp_path)) == {".lock", "config.json", "log.txt"}
+    assert set(contents(tmp_path)) == {".lock", "code.zip", "config.json", "log.txt"}
 
 
 @pytest.mark.parametrize("name", ["train_resnet", pytest.param("finetune_resnet18", marks=slow)])
@@ -229,7 +229,7 @@ def test_a_disk_full_from_the_start_is_one_line(whole, name, megabytes, tmp_path
     assert re.search("not all is written .*make room, and the same command with", process.stderr)
     warning = "warning    not saved ([Errno 27] File too large); training goes on, the next save"
     assert process.stdout.count(warning) == 1, "at the end of the first epoch"
-    assert set(contents(tmp_path)) <= {".lock", "config.json", "log.txt", "metrics.csv"}
+    assert set(contents(tmp_path)) <= {".lock", "code.zip", "config.json", "log.txt", "metrics.csv"}
     run.assert_same_end(run.script(tmp_path), tmp_path)
 
 
@@ -276,7 +276,7 @@ def test_an_output_directory_that_vanishes_does_not_stop_the_training(whole, tmp
     assert (process.returncode, process.stderr.count("\n")) == (1, 1)
     assert f"{output_dir}: not all is written" in process.stderr
     assert not output_dir.exists()
-    assert set(contents(tmp_path / "away")) == {".lock", "config.json", "log.txt"}
+    assert set(contents(tmp_path / "away")) == {".lock", "code.zip", "config.json", "log.txt"}
 
 
 def test_a_table_that_cannot_be_written_does_not_make_the_checkpoint_unsaved(whole, tmp_path):

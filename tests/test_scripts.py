@@ -256,7 +256,8 @@ def test_a_run_whose_last_step_diverges_is_not_saved(small, tmp_path):
     flags = [*small["train_resnet"], "--max-steps", 1, "--lr", "1e30"]
     process = script("train_resnet", *flags, "--output-dir", tmp_path / "run")
     assert process.returncode == 1 and "not finite by step 1" in process.stderr
-    assert sorted(contents(tmp_path / "run")) == [".lock", "config.json", "log.txt"]
+    assert sorted(contents(tmp_path / "run")) == [
+        ".lock", "code.zip", "config.json", "log.txt"]
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -321,7 +322,7 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
     """The other settings may change at --resume: where files are, what is computed where, when."""
     monkeypatch.setattr(sys, "argv", [name, "--overwrite"])
     args = importlib.import_module(name).parse_args()
-    not_flags = {"recipe", "trained", "script", "command", "began"}
+    not_flags = {"recipe", "trained", "is_new", "script", "command", "began"}
     free = set(vars(args)) - not_flags - set(args.recipe)
     assert free - {"weights"} == {
         "data_dir", "data_url", "no_download", "output_dir", "resume", "overwrite", "eval_only",

@@ -98,7 +98,8 @@ def test_a_run_leaves_a_report_and_its_curves(finished):
         "not on CIFAR-100, so the course's required accuracy does not apply",
         report.log.duration(row["seconds"]), f"{row['images_per_second']:.0f}",
     ]]
-    assert [name for name, _ in environment] == ["runtime", "torch", "python", "system"]
+    assert [name for name, _ in environment] == [
+        "runtime", "processor", "torch", "torchvision", "numpy", "python", "system"]
     assert ["torch", torch.__version__] in environment
     assert recipe == [[name, text] for name, text in config["in_words"].items()]
     (settings,) = (text for name, text in recipe if name == "recipe")

@@ -122,7 +122,8 @@ def train(name: str, dataset: data.Dataset, output_dir: Path, *flags,
             yield batch
 
     replaced = {(script, "make_model"): make_model, (script, "make_optimizer"): keep_optimizer,
-                (script, "load_data"): lambda _: dataset, (script, "AUGMENT"): augment,
+                (script, "load_data"): lambda _: dataset,
+                (script, "make_augment"): lambda *_: augment,
                 (data.Batches, "shuffled"): record,
                 (sys, "argv"): [f"{name}.py", "--device", "cpu", "--output-dir", str(output_dir),
                                 *map(str, flags)]}

@@ -1,0 +1,59 @@
+"""What a user's own network, optimizer and augmentation must be; if not, one line says so."""
+
+import torch
+from torch import Tensor, nn
+
+from data import Dataset
+from engine.runtime import Runtime
+from utils import UserError, guard, log
+
+
+def check_groups(model: nn.Module, groups: list[dict]) -> None:
+    """Raise UserError unless every weight that is to be trained is in exactly one group."""
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("all weights of the network are frozen (requires_grad is False)")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (count := grouped.count(id(parameter))) != 1:
+            raise UserError(f"the network's {name} is in {count} groups of the optimizer, not in "
+                            "one: see make_optimizer")
+
+
+def check_gradients(model: nn.Module, ranks: int) -> None:
+    """Name the weights that no gradient reaches; raises UserError if there are several ranks."""
+    unused = [name for name, parameter in model.named_parameters()
+              if parameter.requires_grad and parameter.grad is None]
+    if unused and ranks > 1:
+        raise UserError(f"no gradient reaches {', '.join(unused)}: the processes of torchrun "
+                        "must share all; remove them, or set requires_grad = False")
+    if unused:
+        log.info(f"note       no gradient reaches {', '.join(unused)} in the first step")
+
+
+def check_augmented(images: Tensor, labels: Tensor, expected: torch.Size) -> None:
+    """Raise UserError unless an augmentation kept the batch's size, and returned shares."""
+    sums = labels.float().sum(-1)
+    is_kept = len(images) == expected[0] and labels.shape == expected
+    if not (is_kept and labels.dtype == torch.float32 and (sums - 1).abs().max() < 1e-3):
+        raise UserError(
+            f"the augmentation returned {len(images)} images, and labels {tuple(labels.shape)} of "
+            f"{labels.dtype} with sums of {sums.min():g} to {sums.max():g}; there must be "
+            f"{expected[0]}, and {tuple(expected)} of torch.float32 with sums of 1")
+
+
+@torch.inference_mode()
+def check_outputs(model: nn.Module, sizes: list[int], dataset: Dataset, runtime: Runtime) -> None:
+    """Raise UserError unless the network has an output (B, C) for each class, at every size."""
+    classes = len(dataset.class_names)
+    model.eval()
+    for size in sorted({*sizes}, reverse=True):
+        is_small = size < max(sizes)
+        advice = "; --low-res 0 trains on images of one size" if is_small else ""
+        with (guard(f"the network cannot take images of {size} x {size} pixels",
+                    Exception if is_small else (AssertionError, ValueError), advice),
+              runtime.autocast()):
+            # forward() itself is never compiled.
+            logits = model.forward(torch.zeros(2, 3, size, size, device=runtime.device))
+        if logits.ndim != 2 or logits.shape[1] != classes:
+            raise UserError(f"the network's outputs are {tuple(logits.shape)}, and must be "
+                            f"({len(logits)}, {classes}), for there are {classes} classes")
