@@ -102,14 +102,47 @@ def test_a_sweep_that_would_not_be_one_is_refused(tmp_path, file, says):
     assert says in process.stderr
 
 
-def without_slurm(directory: Path, file: str, **variables) -> subprocess.CompletedProcess:
+@pytest.mark.parametrize("file", ["one_gpu", "ddp"])
+def test_a_script_may_be_named_with_its_suffix(tmp_path, file):
+    variables = {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1"}
+    named = [re.sub(r"/proc/\d+/", "", without_slurm(tmp_path, file, script, **variables).stdout)
+             for script in ("train_resnet", "train_resnet.py")]
+    assert named[0] == named[1] and "train_resnet.py" in named[0] and ".py.py" not in named[0]
+
+
+@pytest.mark.parametrize("file", ["one_gpu", "ddp"])
+@pytest.mark.parametrize("missing, says", [
+    ("train_resnet.py", "no train_resnet.py in {}: submit from the directory of the main README"),
+    (".venv/bin/activate", "no .venv in {}: install it there")])
+def test_a_job_from_another_directory_or_without_an_environment_is_one_line(
+        tmp_path, file, missing, says):
+    """Whatever python stands on the PATH, it does not train."""
+    process = without_slurm(tmp_path, file, missing=missing)
+    assert (process.returncode, process.stderr.count("\n")) == (2, 1)
+    assert says.format(tmp_path) in process.stderr and "srun" not in process.stdout
+
+
+@pytest.mark.parametrize("name", ["train_resnet", "finetune_resnet18"])
+def test_a_pbs_job_from_another_directory_is_one_line(tmp_path, name):
+    process = subprocess.run(["bash", ROOT / "slurm" / f"{name}.pbs"], capture_output=True,
+                             text=True, env={"PBS_O_WORKDIR": str(tmp_path)})
+    assert process.returncode == 2
+    assert process.stderr == (f"no {name}.py in {tmp_path}: submit from the directory of the main "
+                              "README.md\n")
+
+
+def without_slurm(directory: Path, file: str, script: str = "train_resnet", missing: str = "",
+                  **variables) -> subprocess.CompletedProcess:
     """Run a job file with a stand-in for srun, which prints what it should start."""
-    for path, text in ((".venv/bin/activate", ""), ("bin/srun", "#!/bin/sh\necho $*\n")):
+    for path, text in ((".venv/bin/activate", ""), ("train_resnet.py", ""),
+                       ("bin/srun", "#!/bin/sh\necho $*\n")):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / path).write_text(text)
     (directory / "bin" / "srun").chmod(0o755)
+    if missing:
+        (directory / missing).unlink()
     variables |= {"PATH": f"{directory}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    command = ["bash", ROOT / "slurm" / f"{file}.sbatch", "train_resnet", "--epochs", "9"]
+    command = ["bash", ROOT / "slurm" / f"{file}.sbatch", script, "--epochs", "9"]
     return subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True)
 
 
@@ -295,6 +328,7 @@ def test_the_check_of_a_node_ends_with_the_status_of_the_first_part_that_fails(
     (tmp_path / ".venv" / "bin" / "python").write_text(PYTHON)
     (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
     (tmp_path / "temporary").mkdir()
+    (tmp_path / "train_resnet.py").touch()
     process = check_in(tmp_path, FAILS=fails, TMPDIR=str(tmp_path / "temporary"))
     parts = ["python -", "python -m pytest -m cuda -v -p no:cacheprovider",
              "python results/benchmark.py --device cuda --seconds 1"]
@@ -307,9 +341,12 @@ def test_the_check_of_a_node_ends_with_the_status_of_the_first_part_that_fails(
 
 
 def test_the_check_of_a_node_without_an_environment_is_one_line(tmp_path):
-    process = check_in(tmp_path)
-    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
-    assert f"no .venv in {tmp_path};" in process.stderr
+    for says in (f"submit from the directory of the main README.md, not from {tmp_path}\n",
+                 f"no .venv in {tmp_path};"):
+        process = check_in(tmp_path)
+        assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
+        assert says in process.stderr
+        (tmp_path / "train_resnet.py").touch()
 
 
 def check_in(directory: Path, **variables) -> subprocess.CompletedProcess:
