@@ -5,13 +5,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import utils
 from data import epoch_seed
+from engine.process import AT_END, log_to
 from engine.runtime import Runtime
 from engine.weights import difference
 from report import evaluation, run_report, runs
@@ -108,10 +109,10 @@ class State:
 
 
 def open_directory(directory: Path, state: State, config: dict, resume: bool,
-                   overwrite: bool) -> tuple[IO, dict | None]:
-    """Take over the output directory; return its lock, for the run to keep, and any checkpoint."""
+                   overwrite: bool) -> dict | None:
+    """Lock the output directory, clear it or find its checkpoint, and return that."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = (directory / ".lock").open("a")
+    lock = AT_END.enter_context((directory / ".lock").open("a"))
     if not utils.try_lock(lock):
         raise UserError(f"{directory}: another process is at work on this run")
     # Check again, for loading the data took a while.
@@ -121,10 +122,10 @@ def open_directory(directory: Path, state: State, config: dict, resume: bool,
         later_code = (path.name for path in directory.glob("code-*.zip"))
         for name in (*RUN_FILES, *run_report.RUN_REPORTS, *evaluation.TEST_REPORTS, *later_code):
             (directory / name).unlink(missing_ok=True)
-    log.addHandler(logging.FileHandler(directory / "log.txt", "a", "utf-8", errors="replace"))
+    log_to(logging.FileHandler(directory / "log.txt", "a", "utf-8", errors="replace"))
     if problem:
         log.info(f"warning    {problem}; the checkpoint before it is used")
-    return lock, found
+    return found
 
 
 def load(directory: Path, state: State, config: dict) -> tuple[dict | None, str]:

@@ -3,6 +3,7 @@
 import signal
 import time
 
+from engine.process import on_signal
 from utils import STOP_SIGNALS
 
 
@@ -20,7 +21,7 @@ class Clock:
     def catch_signals(self) -> None:
         """Have signals ask the run to stop, rather than end the process."""
         for stop_signal in (signal.SIGINT, *STOP_SIGNALS):
-            signal.signal(stop_signal, self._on_signal)
+            on_signal(stop_signal, self._on_signal)
 
     def _on_signal(self, signum: int, _frame: object) -> None:
         if signum == signal.SIGINT and self.stop_signal == signal.SIGINT:

@@ -1,5 +1,6 @@
 """A script as a process: its command line, its exit status, and one line for what went wrong."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -27,6 +28,22 @@ HARMLESS = ("Detected call of .lr_scheduler.step|Grad strides do not match bucke
             ".broadcast_buffers. is deprecated|Guards may run slower on Python 3.13.0")
 
 
+# What a run changes in its process, to be undone at its end: a notebook may start another one.
+AT_END = contextlib.ExitStack()
+
+
+def log_to(handler: logging.Handler) -> None:
+    """Have the log written by this handler until the run's end."""
+    log.addHandler(handler)
+    AT_END.callback(handler.close)
+    AT_END.callback(log.removeHandler, handler)
+
+
+def on_signal(number: int, handler: Callable) -> None:
+    """Have a signal call this handler until the run's end."""
+    AT_END.callback(signal.signal, number, signal.signal(number, handler))
+
+
 def command_line() -> tuple[Path, list[str]]:
     """Return the script's path and its arguments; only this function reads sys.argv."""
     return Path(sys.argv[0]), sys.argv[1:]
@@ -39,16 +56,23 @@ def given(*flags: str) -> bool:
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`, then exit: with status 0, or with one line on stderr and the error's status."""
+    # From here on a signal would kill a finished run, unless a notebook goes on.
+    atexit.register(_ignore_signals)
+    with AT_END:
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", HARMLESS)
     # File names can hold characters that stdout cannot show; stdout may be closed, or not a file.
     with contextlib.suppress(AttributeError, OSError):
         sys.stdout.reconfigure(errors="backslashreplace")
     # With --predict stdout holds the predictions alone, for a file or a pipe.
-    log.addHandler(logging.StreamHandler(sys.stderr if given("--predict") else sys.stdout))
+    log_to(logging.StreamHandler(sys.stderr if given("--predict") else sys.stdout))
     log.setLevel(logging.WARNING if process_rank() else logging.INFO)
     logging.raiseExceptions = False  # a full disk under the log must not end the training
     for stop_signal in utils.STOP_SIGNALS:
-        signal.signal(stop_signal, _stop_before_first_step)
+        on_signal(stop_signal, _stop_before_first_step)
     message, status = "", 0
     try:
         main()
@@ -98,9 +122,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 
 def _exit_with(message: str, status: int) -> NoReturn:
-    # Ignore signals during shutdown: one would kill a finished run.
-    for stop_signal in utils.STOP_SIGNALS:
-        signal.signal(stop_signal, signal.SIG_IGN)
+    _ignore_signals()
     if message:
         rank = f" (rank {process_rank()})" if process_rank() else ""
         # The disk under stderr may be full; the status still counts.
@@ -118,6 +140,12 @@ def _exit_with(message: str, status: int) -> NoReturn:
     if _in_group():
         os._exit(status)  # gloo's threads sometimes abort during the interpreter's own shutdown
     sys.exit(status)
+
+
+def _ignore_signals() -> None:
+    """Ignore signals during shutdown: one would kill a finished run."""
+    for stop_signal in utils.STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
 
 
 def _stop_before_first_step(signum: int, _frame: object) -> NoReturn:

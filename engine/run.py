@@ -97,7 +97,7 @@ class Run:
         args, found = self.args, None
         with guard(f"{args.output_dir}: cannot be written", OSError, f"; make room or {ELSEWHERE}"):
             if self.runtime.rank == 0:
-                self.lock, found = checkpoint.open_directory(
+                found = checkpoint.open_directory(
                     args.output_dir, self.state, self.config, args.resume, args.overwrite)
             found = self.runtime.broadcast(found)
             if found:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import write_binary
 
+from engine.process import AT_END
 from engine.runtime import Runtime
 
 
@@ -29,6 +30,13 @@ def pytest_configure():
 def pytest_xdist_auto_num_workers(config):
     """Have two processes run the quick tests, but one the others, of which some use Slurm."""
     return 2 if config.option.markexpr == "not slow" else 0
+
+
+@pytest.fixture(autouse=True)
+def _at_end():
+    """End what a test has started of a run, as the end of the run does."""
+    yield
+    AT_END.close()
 
 
 @pytest.fixture

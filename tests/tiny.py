@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import data
+import engine.process
 import report.runs
 import utils
 
@@ -139,6 +140,8 @@ def train(name: str, dataset: data.Dataset, output_dir: Path, *flags,
             script.main()
         except utils.UserError as error:
             watched.status, watched.message = error.status, str(error)
+        finally:
+            engine.process.AT_END.close()
     return watched
 
 
