@@ -1,5 +1,6 @@
 """The images: load them, hold some out, and give them to the network in batches on the device."""
 
+import copy
 import math
 import zlib
 from collections.abc import Iterator
@@ -166,6 +167,12 @@ class Batches:
     def __len__(self) -> int:
         """Return how many batches iterating yields on this rank."""
         return math.ceil(self.steps_per_epoch / self.ranks)
+
+    def at(self, size: int) -> "Batches":
+        """Return these batches with images of `size` pixels a side."""
+        batches = copy.copy(self)
+        batches.size = size
+        return batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and labels (B,) in order; a rank's last batch may be empty."""

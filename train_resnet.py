@@ -122,10 +122,11 @@ def main() -> None:
     scheduler = optim.one_cycle(optimizer, run.total_steps)
     run.start(model, optimizer, scheduler, sizes, make_augment(args, dataset, runtime))
     for epoch in range(run.epoch, run.epochs):
-        batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch], cutmix[epoch])
+        batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch].train, cutmix[epoch])
         results = {"train": loop.train_one_epoch(run, batches, train_step)}
         for split, eval_batches in evaluated.items():
-            results[split] = loop.evaluate(model, run.watch(eval_batches, split), runtime)
+            batches = run.watch(eval_batches.at(sizes[epoch].test), split)
+            results[split] = loop.evaluate(model, batches, runtime)
         run.end_epoch(results)
     run.finish()
 

@@ -42,11 +42,11 @@ def check_augmented(images: Tensor, labels: Tensor, expected: torch.Size) -> Non
 
 
 @torch.inference_mode()
-def check_outputs(model: nn.Module, sizes: list[int], dataset: Dataset, runtime: Runtime) -> None:
+def check_outputs(model: nn.Module, sizes: set[int], dataset: Dataset, runtime: Runtime) -> None:
     """Raise UserError unless the network has an output (B, C) for each class, at every size."""
     classes = len(dataset.class_names)
     model.eval()
-    for size in sorted({*sizes}, reverse=True):
+    for size in sorted(sizes, reverse=True):
         is_small = size < max(sizes)
         advice = "; --low-res 0 trains on images of one size" if is_small else ""
         with (guard(f"the network cannot take images of {size} x {size} pixels",

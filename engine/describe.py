@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from data import Dataset
-from engine.optim import Muon, cutmix_by_epoch, frozen_modules, kinds, rates
+from engine.optim import Muon, Sizes, cutmix_by_epoch, frozen_modules, kinds, rates
 from engine.runtime import Runtime
 from report import runs
 
@@ -74,7 +74,7 @@ def _sha256(weights: str | None) -> str:
     return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if is_file else ""
 
 
-def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[int],
+def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[Sizes],
          total_steps: int, steps_per_epoch: int, augment: object) -> dict[str, str]:
     """Return log lines for facts that no flag shows, keyed by their first word."""
     kind_of, by_step, optimizer = kinds(model), rates(scheduler, total_steps), scheduler.optimizer
@@ -89,7 +89,8 @@ def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[
                           f"decay {group.get('weight_decay', 0):g}")
     first = [of_step[0] for of_step in by_step]  # the rates of the first group
     peak = first.index(max(first))
-    epochs = [f"{count} of {size}px" for size, count in Counter(sizes).items()]
+    epochs = [f"{count} of {side}px" for side, count in Counter(
+        size.train for size in sizes).items()]
     changes = ["crop", "flip"]
     if args.cutmix:
         mixed = cutmix_by_epoch(len(sizes), args.cutmix)
@@ -102,7 +103,8 @@ def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[
                         f"{total_steps:,}",
             "output": str(args.output_dir),
             "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
-            "images": f"epochs: {', '.join(epochs)}; random {', '.join(changes)}"}
+            "images": f"epochs: {', '.join(epochs)}, tested at this size, the last at "
+                      f"{sizes[-1].test}px; random {', '.join(changes)}"}
 
 
 def modes(model: nn.Module, in_evaluation_mode: set[nn.Module]) -> dict[str, str]:

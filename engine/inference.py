@@ -37,7 +37,7 @@ def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable
     else:
         dataset = load_data(args)
         data.check(dataset)
-        check_outputs(model, [size], dataset, runtime)
+        check_outputs(model, {size}, dataset, runtime)
         log_words(describe.header(args, runtime, dataset, model))
         split = dataset.test
     batches = data.Batches(split, batch_size, stats, runtime, size)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,10 +163,21 @@ def rates(scheduler: LRScheduler, total_steps: int) -> list[list[float]]:
     return rates
 
 
-def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[int]:
-    """Return each epoch's side of the images, in pixels: `low` in the first `fraction` of them."""
+class Sizes(NamedTuple):
+    """The sides in pixels of the images that an epoch trains on, and is tested on after that."""
+
+    train: int
+    test: int
+
+
+def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[Sizes]:
+    """Return the sizes of each epoch: `low` in the first `fraction` of them.
+
+    An epoch is tested at its own size, for batch norm has averages of that, but the last at `full`.
+    """
     low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
-    return [low] * low_epochs + [full] * (epochs - low_epochs)
+    sides = [low] * low_epochs + [full] * (epochs - low_epochs)
+    return list(map(Sizes, sides, [*sides[:-1], full]))
 
 
 def cutmix_by_epoch(epochs: int, probability: float) -> list[float]:

@@ -15,6 +15,7 @@ from data import Dataset, epoch_seed
 from engine import checkpoint, checks, describe
 from engine.checkpoint import Position, State
 from engine.clock import Clock
+from engine.optim import Sizes
 from engine.runtime import Runtime, peak_memory
 from report.log import Metrics, epoch_line, metric_columns, progress, verdict
 from report.tensorboard import TensorBoard
@@ -57,19 +58,20 @@ class Run:
         return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler,
-              sizes: list[int], augment: Augment | None = None,
+              sizes: list[Sizes], augment: Augment | None = None,
               keep: dict[str, Any] | None = None) -> None:
         """Begin, or with --resume go on.
 
-        `sizes` are the sides of each epoch's images in pixels. `augment(images, labels, generator)`
-        changes a batch: float images (B, 3, H, W) and float shares (B, classes). Checkpoints also
-        hold the state of each object in `keep`, which has state_dict() and load_state_dict().
+        `sizes` are those of each epoch. `augment(images, labels, generator)` changes a batch: float
+        images (B, 3, H, W) and float shares (B, classes). Checkpoints also hold the state of each
+        object in `keep`, which has state_dict() and load_state_dict().
         """
         args, runtime, self.keep = self.args, self.runtime, keep or {}
         # These modules stay in evaluation mode, and so do those that are frozen.
         self.in_evaluation_mode = {module for module in model.modules() if not module.training}
         checks.check_groups(model, optimizer.param_groups)
-        checks.check_outputs(model, sizes, self.dataset, runtime)
+        sides = {side for pair in sizes for side in pair}
+        checks.check_outputs(model, sides, self.dataset, runtime)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes, self.augmentation = runtime.scaler(), sizes, augment
         self.network = model  # which several ranks wrap
@@ -184,16 +186,18 @@ class Run:
 
     def seconds_left(self, evaluation: float | None = None) -> float:
         """Estimate the seconds left; `evaluation` is the time of this epoch's, once it is over."""
-        step_time, size = self.step_seconds(), self.sizes[self.epoch]
-        seconds = [step_time * (other / size) ** SIZE_POWER for other in self.sizes]  # of a step
-        training = sum(seconds[epoch] * self.steps_in(epoch)
-                       for epoch in range(self.epoch, self.epochs)) - step_time * self.step
-        if evaluation is not None:
-            return training + evaluation * (self.epochs - self.epoch - 1)
-        # A forward pass takes about a third of a step.
-        images = sum(len(split.labels) for split in self.dataset.evaluated().values())
-        evaluation = seconds[-1] / 3 * images / self.args.batch_size
-        return training + evaluation * (self.epochs - self.epoch)
+        step_time, size, left = self.step_seconds(), self.sizes[self.epoch], self.epoch
+        steps = sum((self.sizes[epoch].train / size.train) ** SIZE_POWER * self.steps_in(epoch)
+                    for epoch in range(self.epoch, self.epochs)) - self.step
+        if evaluation is None:
+            # A forward pass takes about a third of a step.
+            images = sum(len(split.labels) for split in self.dataset.evaluated().values())
+            evaluation = step_time / 3 * images / self.args.batch_size
+            evaluation *= (size.test / size.train) ** SIZE_POWER
+        else:
+            left += 1
+        tests = sum((other.test / size.test) ** SIZE_POWER for other in self.sizes[left:])
+        return step_time * steps + evaluation * tests
 
     def step_seconds(self) -> float:
         """Return the mean seconds of this epoch's steps, without the first, which may compile."""
@@ -229,9 +233,10 @@ class Run:
         position = self.state.position
         position.seconds += self.clock.lap()
         self.check_finite(*(metrics.loss for metrics in results.values()))
+        size = self.sizes[self.epoch]
         row = {"dataset": self.dataset.name, "epoch": self.epoch + 1, "epochs": self.epochs,
-               "image_size": self.sizes[self.epoch], "lr": self.optimizer.param_groups[0]["lr"],
-               **metric_columns(results),
+               "image_size": size.train, "test_image_size": size.test,
+               "lr": self.optimizer.param_groups[0]["lr"], **metric_columns(results),
                "images_per_second": results["train"].images / (self.step * self.step_seconds()),
                "seconds": position.seconds,
                "eta_seconds": self.seconds_left(position.seconds - position.train_seconds)}

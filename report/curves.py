@@ -61,7 +61,9 @@ def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -
         full = config["settings"].get("image_size", 32)
         small = [row["image_size"] for row in history if row["image_size"] < full]
         if small:
-            label = f"trained on images of {small[0]:.0f} pixels"
+            is_same = history[0].get("test_image_size") == small[0]  # not so in older runs
+            tested = " and tested" if is_same else ""
+            label = f"trained{tested} on images of {small[0]:.0f} pixels"
             for panel in panels:
                 common[label] = panel.axvspan(0.5, len(small) + 0.5, color="0.5", linewidth=0,
                                               alpha=0.3 / len(groups), label=label)

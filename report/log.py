@@ -50,7 +50,9 @@ def epoch_line(row: dict) -> str:
     """Format one row of metrics.csv as the line for the log."""
     width = max(2, len(str(row["epochs"])))
     fields = [] if row["dataset"] == "cifar100" else [f"[{row['dataset']}]"]
-    fields += [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"{row['image_size']}px",
+    is_same = row["test_image_size"] == row["image_size"]
+    tested = "" if is_same else f" tested at {row['test_image_size']}px"
+    fields += [f"epoch {row['epoch']:{width}}/{row['epochs']}", f"{row['image_size']}px{tested}",
                f"lr {row['lr']:.4f}"]
     for split in ("train", "val", "test"):
         if f"{split}_loss" in row:

@@ -20,6 +20,7 @@ import data
 import engine.checks
 import engine.describe
 import engine.flags
+import engine.optim
 import engine.run
 import models
 import report.evaluation
@@ -392,11 +393,12 @@ def test_a_log_tells_the_time_left_once_and_before_the_first_epoch_ends(start, c
 
 def test_the_time_left_is_of_all_epochs_and_their_evaluations(start):
     run, _ = start(models.ResNet(), "--epochs", 4, "--batch-size", 10)
-    run.sizes, run.steps_per_epoch, run.total_steps = [16, 16, 32, 32], 100, 400
+    run.sizes = [engine.optim.Sizes(*pair) for pair in ((16, 16), (16, 16), (16, 32), (32, 32))]
+    run.steps_per_epoch, run.total_steps = 100, 400
     run.state.position, run.clock.steps = Position(epoch=1, step=40), [9.0, 0.5, 0.5]
     # A step at 32 takes 2^1.6 times as long as one at 16, and 30 images are to be tested.
-    evaluation = 0.5 * 2**1.6 / 3 * 30 / 10
-    expected = 60 * 0.5 + 2 * 100 * 0.5 * 2**1.6 + 3 * evaluation
+    evaluation = 0.5 / 3 * 30 / 10
+    expected = 160 * 0.5 + 100 * 0.5 * 2**1.6 + evaluation * (1 + 2 * 2**1.6)
     assert run.seconds_left() == pytest.approx(expected)
 
 

@@ -46,6 +46,7 @@ def begin(args, runtime, steps, model, optimizer, sizes) -> tuple[Run, data.Batc
     split = data.Split(images, torch.arange(10 * steps) % 100)
     dataset = data.Dataset("none", split, split, CLASS_NAMES, "")
     run = Run(args, runtime, dataset, 60, steps)
+    sizes = [engine.optim.Sizes(size, size) if isinstance(size, int) else size for size in sizes]
     run.start(model, optimizer, engine.optim.one_cycle(optimizer, run.total_steps), sizes)
     return run, data.Batches(split, 10, data.CIFAR100_STATS, runtime)
 
@@ -355,11 +356,11 @@ def test_the_eta_knows_small_images_short_epochs_and_evaluations(runtime, make_r
     monkeypatch.setattr(Clock, "lap", lambda clock: 0)
     run, _ = make_run("train_resnet", runtime, 2, "--epochs", 3, "--max-steps", 5)
     for (low, full), factor in (((20, 32), 1.96), ((112, 224), 3.2)):
-        run.sizes = [low, low, full]
+        run.sizes = [engine.optim.Sizes(side, side) for side in (low, low, full)]
         run.state.position = Position(step=2, seconds=80, train_seconds=50)
         run.clock.steps = [70.0, 25.0]
         run.end_epoch({"train": Metrics(1, 0.5, 0.5, 500)})
-        expected = (50 + 30) + (50 * factor / 2 + 30)
+        expected = (50 + 30) + (50 * factor / 2 + 30 * factor)
         (row,) = run.state.position.history
         assert row["eta_seconds"] == pytest.approx(expected, rel=0.05)
         assert (row["images_per_second"], row["seconds"], row["image_size"]) == (10, 80, low)

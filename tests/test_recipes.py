@@ -14,6 +14,7 @@ import data
 import models
 import utils
 from engine.runtime import PRECISIONS, Runtime
+from report.runs import read_config
 
 both = pytest.mark.parametrize("name", SCRIPTS)
 CIFAR100 = (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)
@@ -42,9 +43,25 @@ def test_images_are_normalised_for_the_part_wherever_they_enter(name, tmp_path, 
             torch.testing.assert_close(shown.images[:, channel], torch.full_like(
                 shown.images[:, channel], value.item()), rtol=0, atol=1e-5)
     sides = [shown.images.shape[-1] for one in (run, *used) for shown in one.tested]
-    assert sides == [SMALL[name][1]] * 6, "all of them at full size"
+    low, full = SMALL[name][:2]
+    assert sides == [low] * 2 + [full] * 4, "each epoch at its size, the model at full size"
     assert [len(one.tested[0].images) for one in used] == [30, 1]
     assert "grey.png,1,class " in capsys.readouterr().out
+
+
+@both
+def test_the_last_epoch_is_tested_at_full_size_whatever_it_trains_on(name, tmp_path, caplog):
+    low, full, size = SMALL[name]
+    with caplog.at_level("INFO", "cifar100"):
+        run = train(name, noise(10), tmp_path, *size, "--epochs", 2, "--low-res", 1,
+                    "--batch-size", 10)
+    assert [shown.images.shape[-1] for shown in run.trained] == [low, low]
+    assert [shown.images.shape[-1] for shown in run.tested] == [low, full]
+    assert [row["test_image_size"] for row in run.rows()] == [low, full]
+    lines = [line for line in caplog.messages if " img/s" in line]
+    assert f"1/2  {low}px  lr" in lines[0] and f"2/2  {low}px tested at {full}px  lr" in lines[1]
+    words = read_config(tmp_path)["in_words"]["images"]
+    assert words.startswith(f"epochs: 2 of {low}px, tested at this size, the last at {full}px; ")
 
 
 @both
@@ -61,7 +78,9 @@ def test_each_epoch_is_drawn_as_the_command_line_says(name, tmp_path):
     assert [tuple(shown.images.shape) for shown in run.trained] == [
         (count, 3, side, side) for side in (low, low, full, full) for count in (25, 25, 10)]
     assert [len(shown.images) for shown in run.tested] == [10, 30] * 4, "validation, then test"
-    assert [row["image_size"] for row in run.rows()] == [low, low, full, full]
+    assert [shown.images.shape[-1] for shown in run.tested] == [low] * 4 + [full] * 4
+    for column in ("image_size", "test_image_size"):
+        assert [row[column] for row in run.rows()] == [low, low, full, full]
     seeds = [shown.seed for shown in run.trained]
     assert len(set(seeds)) == 4, "the network draws anew in each epoch"
     assert run.batches[0][1].shape == (25, 10), "soft labels have a share for each class"
@@ -97,7 +116,7 @@ def test_a_run_of_any_length_trains_at_full_size_in_the_end(
         low, full = 32, 48  # never below 32
     sides = [low] * low_epochs + [full] * (epochs - low_epochs)
     assert [shown.images.shape[-1] for shown in run.trained] == sides
-    assert {shown.images.shape[-1] for shown in run.tested} == {full}
+    assert [shown.images.shape[-1] for shown in run.tested] == [*sides[:-1], full]
 
 
 def loop_that_people_write(run, smoothing: float, groups: list[dict], rates: list[float]):

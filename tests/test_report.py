@@ -91,7 +91,8 @@ def test_scores_equal_numpys():
 
 
 def test_an_epochs_line_is_the_one_of_the_readme():
-    row = {"dataset": "cifar100", "epoch": 4, "epochs": 5, "image_size": 32, "lr": 0.025,
+    row = {"dataset": "cifar100", "epoch": 4, "epochs": 5, "image_size": 32,
+           "test_image_size": 32, "lr": 0.025,
            **report.log.metric_columns({"train": report.log.Metrics(2.184, 0.5668, np.nan, 50_000),
                                     "test": report.log.Metrics(1.541, 0.5867, 0.859, 10_000)}),
            "images_per_second": 501.2, "seconds": 104.6, "eta_seconds": 105}
@@ -229,7 +230,15 @@ def test_the_epochs_on_small_images_are_shaded_and_named(tmp_path, drawn):
         assert {x for x, _ in corners} == {0.5, 2.5}
     assert not any(panel.patches for panel in full)
     named = ["trained on images of 20 pixels" in legend for legend in legends(drawn[0])]
-    assert named == [True, False]
+    assert named == [True, False], "older runs were tested at full size"
+    path = tmp_path / "small" / "metrics.csv"
+    header, *rows = path.read_text().splitlines()
+    sizes = ("test_image_size", 20, 20, 32)
+    path.write_text("".join(f"{row},{size}\n" for row, size in zip(
+        (header, *rows), sizes, strict=True)))
+    compare([tmp_path / "small"], tmp_path)
+    (legend,) = legends(drawn[1])
+    assert "trained and tested on images of 20 pixels" in legend
 
 
 @pytest.mark.parametrize("probabilities, label", [
