@@ -155,10 +155,10 @@ class Batches:
         self.steps_per_epoch = math.ceil(len(split.labels) / batch_size)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in stats)
         self.scale, self.shift = 1 / (255 * std), -mean / std
-        padding = round(padding * self.side / 32)
-        self.offsets = 2 * padding + 1  # of a crop, in each direction
+        reach = round(padding * self.side / 32)  # padding is given for 32 pixels
+        self.offsets = 2 * reach + 1  # of a crop, in each direction
         # The rows, or columns, that a crop takes at each offset, and then the same ones flipped.
-        padded = torch.tensor(np.pad(np.arange(self.side), padding, "reflect"))
+        padded = torch.tensor(np.pad(np.arange(self.side), reach, "reflect"))
         crops = padded.unfold(0, self.side, 1)
         self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x offsets, side)
         if place.compile:

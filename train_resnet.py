@@ -61,7 +61,7 @@ def parse_args() -> Namespace:
     add = parser.recipe_group.add_argument
     add("--dropout", type=bounded(float, 0, 1), metavar="P", help="probability, of conv1's outputs")
     add("--crop-padding", type=bounded(int, 0, SIZE - 1), metavar="PIXELS",
-        help="how far a random crop moves an image at most, in each direction")
+        help="how far a random crop moves an image of 32 x 32 at most, in each direction")
     return parser.read(RECIPE, variant)
 
 

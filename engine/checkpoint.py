@@ -40,10 +40,10 @@ class State:
     """All that a resume restores; `sums` and `statistics` are this rank's own."""
 
     trained: dict[str, Any]  # model, optimizer, scheduler and scaler
-    keep: dict[str, Any]  # what else has a state_dict, by names of the user
     position: Position
     sums: Tensor  # of this epoch so far: loss, right predictions and images, float32 (3,)
     statistics: list[Tensor]  # batch norm's averages, if each rank has its own
+    keep: dict[str, Any] = dataclasses.field(default_factory=dict)  # see Run.start
 
     def capture(self, config: dict, runtime: Runtime) -> dict:
         """Return a checkpoint: tensors, numbers, strings, lists and dicts. All ranks must call."""
@@ -97,14 +97,15 @@ class State:
             raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
         if misfit := difference(checkpoint["model"], self.trained["model"].state_dict()):
             raise UserError(f"{path}: of another network: {misfit}; {ELSEWHERE}")
+        # Compared word for word, so code that words them otherwise refuses older checkpoints.
         for name in ("optimizer", "schedule"):
-            was, now = (each["in_words"][name] for each in (checkpoint, config))
-            if was != now:
+            was, is_now = (each["in_words"][name] for each in (checkpoint, config))
+            if was != is_now:
                 raise UserError(f"{path}: cannot go on with another {name}: it was {was}, and is "
-                                f"{now}; {ELSEWHERE}")
+                                f"{is_now}; {ELSEWHERE}")
         if checkpoint["keep"].keys() != self.keep.keys():
-            was, now = (", ".join(keep) or "nothing" for keep in (checkpoint["keep"], self.keep))
-            raise UserError(f"{path}: of a run that keeps {was}, and this one keeps {now}; "
+            was, is_now = (", ".join(each) or "nothing" for each in (checkpoint["keep"], self.keep))
+            raise UserError(f"{path}: of a run that keeps {was}, and this one keeps {is_now}; "
                             f"{ELSEWHERE}")
 
 

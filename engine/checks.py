@@ -1,4 +1,7 @@
-"""What a user's own network, optimizer and augmentation must be; if not, one line says so."""
+"""Check the user's own network, optimizer, state and augmentation: a misfit is one line."""
+
+import io
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,15 @@ def check_groups(model: nn.Module, groups: list[dict]) -> None:
         if parameter.requires_grad and (count := grouped.count(id(parameter))) != 1:
             raise UserError(f"the network's {name} is in {count} groups of the optimizer, not in "
                             "one: see make_optimizer")
+
+
+def check_state(states: dict[str, Any]) -> None:
+    """Raise UserError unless a checkpoint can hold these states, and give them back."""
+    with guard("what run.start keeps must have a state of tensors and plain values", Exception):
+        file = io.BytesIO()
+        torch.save(states, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
 
 
 def check_gradients(model: nn.Module, ranks: int) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from data import Dataset
-from engine.optim import Muon, Sizes, cutmix_by_epoch, frozen_modules, kinds, rates
+from engine.optim import Muon, Sizes, cutmix_by_epoch, kinds, rates
 from engine.runtime import Runtime
 from report import runs
 
@@ -23,14 +23,14 @@ from report import runs
 def header(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module) -> dict:
     """Return the first lines of a log, by their first word: command, device, data and network."""
     val = f", {len(dataset.val.labels):,} validation" if dataset.val else ""
-    parts = network(model)
-    is_frozen = parts["trained"] < parts["parameters"]
-    trained = f", of which {parts['trained']:,} are trained" if is_frozen else ""
-    side = "" if dataset.side == 32 else f" of {dataset.side} x {dataset.side} pixels"
+    shape = network(model)
+    is_frozen = shape["trained"] < shape["parameters"]
+    trained = f", of which {shape['trained']:,} are trained" if is_frozen else ""
+    pixels = "" if dataset.side == 32 else f" of {dataset.side} x {dataset.side} pixels"
     return {"command": args.command, "device": f"{runtime}, torch {torch.__version__}",
             "data": f"{dataset.name}: {len(dataset.train.labels):,} training{val} and "
-                    f"{len(dataset.test.labels):,} test images{side}, {dataset.source}",
-            "network": f"{parts['name']}, {parts['parameters']:,} parameters{trained}"}
+                    f"{len(dataset.test.labels):,} test images{pixels}, {dataset.source}",
+            "network": f"{shape['name']}, {shape['parameters']:,} parameters{trained}"}
 
 
 def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module,
@@ -49,6 +49,8 @@ def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module
     lines["recipe"] = ", ".join(
         f"{name.replace('_', ' ')} {shown[name]}" for name in (*args.recipe, "weights")
         if shown.get(name) is not None and shown[name] is not False)
+    weights = Path(settings.get("weights") or "")
+    has_file = weights.is_file()
     return {"script": args.script, "dataset": dataset.name,
             "required_accuracy": required if dataset.name == "cifar100" else None,
             "runtime": str(runtime), "torch": str(torch.__version__),
@@ -58,7 +60,8 @@ def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module
             "code": code, "data": dataset.checksum, "image_side": dataset.side,
             "classes": list(map(str, dataset.class_names)), "network": network(model),
             "recipe": list(args.recipe), "settings": settings,
-            "weights_sha256": _sha256(settings.get("weights")), "in_words": lines | plan}
+            "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if has_file else "",
+            "in_words": lines | plan}
 
 
 def processor() -> str:
@@ -68,16 +71,15 @@ def processor() -> str:
     return found[1] if found else platform.processor()
 
 
-def _sha256(weights: str | None) -> str:
-    """Return the hash of a file of weights, or "" if there is none."""
-    is_file = weights and Path(weights).is_file()
-    return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if is_file else ""
-
-
 def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[Sizes],
-         total_steps: int, steps_per_epoch: int, augment: object) -> dict[str, str]:
+         total_steps: int, steps_per_epoch: int, augment: object,
+         in_evaluation_mode: set[nn.Module]) -> dict[str, str]:
     """Return log lines for facts that no flag shows, keyed by their first word."""
     kind_of, by_step, optimizer = kinds(model), rates(scheduler, total_steps), scheduler.optimizer
+    lines = {}
+    if in_evaluation_mode:
+        lines["modes"] = (f"{len(in_evaluation_mode)} of {len(list(model.modules()))} modules "
+                          "stay in evaluation mode")
     groups = []
     for group, of_group in zip(optimizer.param_groups, zip(*by_step, strict=True), strict=True):
         name = type(optimizer).__name__
@@ -97,7 +99,8 @@ def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[
         changes.append(f"CutMix until epoch {len(mixed) - mixed.count(0)}")
     if augment:
         changes.append(getattr(augment, "__name__", type(augment).__name__))
-    return {"optimizer": "; ".join(groups),
+    return lines | {
+            "optimizer": "; ".join(groups),
             "schedule": f"{type(scheduler).__name__}: rate {first[0]:.3g} in step 1, "
                         f"{first[peak]:.3g} in step {peak + 1:,}, {first[-1]:.3g} in step "
                         f"{total_steps:,}",
@@ -105,12 +108,6 @@ def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[
             "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
             "images": f"epochs: {', '.join(epochs)}, tested at this size, the last at "
                       f"{sizes[-1].test}px; random {', '.join(changes)}"}
-
-
-def modes(model: nn.Module, in_evaluation_mode: set[nn.Module]) -> dict[str, str]:
-    """Return the log line that says how much of a network is not in training mode, if anything."""
-    still, count = len(in_evaluation_mode | frozen_modules(model)), len(list(model.modules()))
-    return {"modes": f"{still} of {count} modules stay in evaluation mode"} if still else {}
 
 
 def network(model: nn.Module) -> dict:

@@ -35,8 +35,8 @@ def bounded(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[
 class Parser(argparse.ArgumentParser):
     """The shared flags, in groups; a script adds its own.
 
-    All flags are of the recipe, which a resumed run must keep and by which runs are told apart, but
-    for those of `data_group`, `output_group` and `machine_group`.
+    Every flag belongs to the recipe, except those of `data_group`, `output_group` and
+    `machine_group`. A resumed run must keep the recipe, and runs are told apart by it.
     """
 
     def __init__(self, docstring: str, output_dir: str):
@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
             if action.dest != "precision" and action.dest in trained.get("settings", {}):
                 with guard(f"{known.output_dir / 'config.json'}: --{action.dest}", Exception):
                     of_model[action.dest] = _of_type(action, trained["settings"][action.dest])
-        # Else model.pt or a checkpoint has all weights, and no others need to be read.
+        # Only a new run reads first weights; model.pt and checkpoints hold all.
         is_new = not (use_model or (known.resume and checkpoint.exists(known.output_dir)))
         settings = defaults | variant(known.epochs, known.optimizer) | of_model | given
         return argparse.Namespace(

@@ -22,7 +22,7 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
 
     `batches` yield float images (B, 3, H, W), labels, int64 (B,) or float shares (B, classes), and
     a weight, from step `run.step` on. `train_step(run, images, labels)` returns loss and logits.
-    Modules whose weights are frozen, or that `run.start` got in evaluation mode, stay in that.
+    Frozen modules, and those in evaluation mode at run.start, stay in evaluation mode.
     Raises UserError if the loss is not finite, or if the run must stop.
     """
     run.model.train()

@@ -29,7 +29,8 @@ class Muon(torch.optim.SGD):
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, pad: bool = False,
                  iterations: int = 5):
-        # What trains nothing, where all of a kind is frozen, goes, but for the sake of an error.
+        # Drop groups without weights, as when all of a kind are frozen. If all are empty, keep
+        # them, so that check_groups can say so.
         super().__init__([group for group in groups if group["params"]] or groups)
         self.dtype, self.pad, self.iterations = dtype, pad, iterations
         self.zeros: dict[torch.Size, Tensor] = {}  # by shape, (widest, out)
@@ -100,7 +101,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> 
 
 def kinds(model: nn.Module) -> dict[nn.Parameter, str]:
     """Return the kind of each weight, as the log calls it."""
-    kinds = {}
+    kind_of = {}
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             kind = "other matrices" if weight.ndim > 1 else "norms and biases"
@@ -110,8 +111,8 @@ def kinds(model: nn.Module) -> dict[nn.Parameter, str]:
                 kind = "1x1 convolutions" if weight.shape[2:].numel() == 1 else "convolutions"
                 # A depthwise or grouped convolution is many small matrices rather than one.
                 kind = "grouped convolutions" if module.groups > 1 else kind
-            kinds.setdefault(weight, kind)
-    return kinds
+            kind_of.setdefault(weight, kind)
+    return kind_of
 
 
 def split(model: nn.Module, head: str = "") -> tuple[list[nn.Parameter], ...]:
@@ -138,15 +139,12 @@ def split(model: nn.Module, head: str = "") -> tuple[list[nn.Parameter], ...]:
 
 
 def frozen_modules(model: nn.Module) -> set[nn.Module]:
-    """Return the modules whose own weights, or all weights inside, have requires_grad False."""
+    """Return the modules whose weights are all frozen, and all that is inside of them."""
     frozen = set()
     for module in model.modules():
-        own, inside = ([weight.requires_grad for weight in module.parameters(recurse)]
-                       for recurse in (False, True))
-        if inside and not any(inside):
+        are_trained = [weight.requires_grad for weight in module.parameters()]
+        if are_trained and not any(are_trained):
             frozen.update(module.modules())  # those without weights, such as dropout, too
-        elif own and not any(own):
-            frozen.add(module)
     return frozen
 
 
@@ -154,13 +152,13 @@ def rates(scheduler: LRScheduler, total_steps: int) -> list[list[float]]:
     """Return the learning rates of each step, one for each of the optimizer's groups."""
     weights = [weight for group in scheduler.optimizer.param_groups for weight in group["params"]]
     twin = copy.deepcopy(scheduler, {id(weight): weight for weight in weights})  # these are shared
-    rates = []
+    by_step = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that its optimizer takes no steps
         for _ in range(total_steps):
-            rates.append([float(group["lr"]) for group in twin.optimizer.param_groups])
+            by_step.append([float(group["lr"]) for group in twin.optimizer.param_groups])
             twin.step()
-    return rates
+    return by_step
 
 
 class Sizes(NamedTuple):

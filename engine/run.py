@@ -15,7 +15,7 @@ from data import Dataset, epoch_seed
 from engine import checkpoint, checks, describe
 from engine.checkpoint import Position, State
 from engine.clock import Clock
-from engine.optim import Sizes
+from engine.optim import Sizes, frozen_modules
 from engine.runtime import Runtime, peak_memory
 from report.log import Metrics, epoch_line, metric_columns, progress, verdict
 from report.tensorboard import TensorBoard
@@ -42,6 +42,9 @@ class Run:
         self.tensorboard = TensorBoard(args.output_dir) if args.tensorboard else None
         self.loss_weight = 1.0  # of this rank's share of a batch; 0 for a filler image
         self.has_logged_time = False  # whether this start has logged the time left
+        # What `start` may get: modules that stay in evaluation mode, and state of the user's own.
+        self.in_evaluation_mode: set[nn.Module] = set()
+        self.keep: dict[str, Any] = {}
 
     @property
     def epoch(self) -> int:
@@ -63,13 +66,13 @@ class Run:
         """Begin, or with --resume go on.
 
         `sizes` are those of each epoch. `augment(images, labels, generator)` changes a batch: float
-        images (B, 3, H, W) and float shares (B, classes). Checkpoints also hold the state of each
-        object in `keep`, which has state_dict() and load_state_dict().
+        images (B, 3, H, W) and float shares (B, classes). Each object in `keep` has state_dict(),
+        of tensors and plain values, and load_state_dict(): checkpoints hold its state, too.
         """
         args, runtime, self.keep = self.args, self.runtime, keep or {}
-        # These modules stay in evaluation mode, and so do those that are frozen.
         self.in_evaluation_mode = {module for module in model.modules() if not module.training}
         checks.check_groups(model, optimizer.param_groups)
+        checks.check_state({name: part.state_dict() for name, part in self.keep.items()})
         sides = {side for pair in sizes for side in pair}
         checks.check_outputs(model, sides, self.dataset, runtime)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -80,10 +83,9 @@ class Run:
         trained = {"model": model, "optimizer": optimizer, "scheduler": scheduler,
                    "scaler": self.scaler}
         sums = torch.zeros(3, device=runtime.device)
-        self.state = State(trained, self.keep, Position(), sums, self._own_statistics())
+        self.state = State(trained, Position(), sums, self._own_statistics(), self.keep)
         plan = describe.plan(args, model, scheduler, sizes, self.total_steps, self.steps_per_epoch,
-                             augment)
-        plan |= describe.modes(model, self.in_evaluation_mode)
+                             augment, self.in_evaluation_mode | frozen_modules(model))
         self.config = describe.config(args, runtime, self.dataset, model, self.required, optimizer,
                                       plan)
         self.clock.catch_signals()
@@ -110,16 +112,13 @@ class Run:
                 checkpoint.log_start(args.output_dir, found, self.config)
 
     def _own_statistics(self) -> list[Tensor]:
-        """Return the averages of batch norms, if each rank has its own."""
+        """Return the float buffers, such as batch norm's averages, if each rank has its own."""
         parts = [self.model, *self.keep.values()] if self.runtime.ranks > 1 else []
         return [tensor for part in parts if isinstance(part, nn.Module)
                 for tensor in part.buffers() if tensor.is_floating_point()]
 
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images (B, 3, H, W) and labels as the user's own function changes them.
-
-        It gets and returns labels as shares of each class, float32 (B, classes).
-        """
+        """Return images, and labels as shares (B, classes), as the user's own function does."""
         if not self.augmentation:
             return images, labels
         if labels.ndim == 1:
@@ -269,7 +268,7 @@ class Run:
             log.info(f"warning    not saved ({error}); training goes on, the next save tries again")
 
     def finish(self, model: nn.Module | None = None) -> None:
-        """Save, write `model` or the trained one as model.pt, write the report, tell the end."""
+        """Save; write model.pt (of `model`, else the trained one) and the report; log the end."""
         model = self.model if model is None else model
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
         history = self.state.position.history

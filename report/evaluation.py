@@ -114,7 +114,7 @@ def _score_tables(metrics: Metrics, confusion: np.ndarray, names: Sequence[str],
 def print_predictions(logits: Tensor, class_names: Sequence[str], files: list[Path]) -> None:
     """Print each file's five likeliest classes by logits (N, classes); as CSV but on a terminal."""
     rows = []
-    for file, shares, labels in zip(files, logits.softmax(1), top5(logits)[1], strict=True):
+    for file, shares, labels in zip(files, logits.softmax(1), top5(logits), strict=True):
         rows += [(str(file), rank, class_names[label], shares[label].item())
                  for rank, label in enumerate(labels, 1)]
     if sys.stdout and sys.stdout.isatty():

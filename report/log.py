@@ -23,18 +23,14 @@ class Metrics(NamedTuple):
     images: int
 
 
-def top5(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the five largest of each row and their classes, (N, 5) each, or all if fewer.
-
-    Of equal logits, which bf16 often gives, the lower class counts as the larger, as in `argmax`.
-    """
-    values, classes = logits.sort(descending=True, stable=True)
-    return values[:, :5], classes[:, :5]
+def top5(logits: Tensor) -> Tensor:
+    """Return the five likeliest classes of each row; of equal logits the lower first, as argmax."""
+    return logits.argsort(descending=True, stable=True)[:, :5]
 
 
 def score(logits: Tensor, labels: Tensor) -> Metrics:
     """Return the metrics of logits (N, C) for labels int64 (N,), computed in float64."""
-    hits = (top5(logits)[1] == labels[:, None]).double()  # (N, 5)
+    hits = (top5(logits) == labels[:, None]).double()  # (N, 5)
     loss = F.cross_entropy(logits.double(), labels)
     return Metrics(loss.item(), hits[:, 0].mean().item(), hits.sum(1).mean().item(), len(labels))
 

@@ -66,7 +66,7 @@ def _sources() -> dict[Path, str]:
         root = next(filter(file.is_relative_to, roots), None)
         if root and file.is_file() and not not_ours & {*file.relative_to(root).parts}:
             sources[file] = str(file.relative_to(root))
-    return dict(sorted(sources.items()))
+    return dict(sorted(sources.items(), key=lambda item: item[1]))  # wherever they lie
 
 
 def name_of_code(code: dict) -> str:

@@ -104,7 +104,7 @@ def our_tasks(code: SimpleNamespace, name: str, flags: list[str], images: data.S
         # One epoch of n steps of a run that is not started, so it writes no file.
         run = code.run.Run(args, runtime, dataset, script.REQUIRED, steps_per_epoch=n)
         run.model, run.network, run.optimizer, run.scheduler = model, model, optimizer, scheduler
-        run.scaler, run.sizes, run.augmentation = runtime.scaler(), [size] * args.epochs, None
+        run.scaler, run.augmentation, run.has_logged_time = runtime.scaler(), None, True
         sums = torch.zeros(3, device=runtime.device)
         run.state = code.checkpoint.State({}, code.checkpoint.Position(), sums, [])
         forever = itertools.chain.from_iterable(

@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import IS_TORCH_2_10, equal, needs_cuda
+from helpers import IS_TORCH_2_10, ROOT, equal, needs_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -350,6 +350,16 @@ def test_evaluation_counts_every_image_once(runtime, batch_size):
     assert counts == pytest.approx((int((ranks < 1).sum()), int((ranks < 5).sum()), 100))
 
 
+@both
+def test_the_benchmark_trains_and_evaluates_by_todays_code(name):
+    from results.benchmark import modules_of, our_tasks
+    pixels = torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
+    flags = ["--device", "cpu", "--precision", "fp32", "--batch-size", "10"]
+    tasks = our_tasks(modules_of(ROOT), name, flags, data.Split(pixels, torch.arange(20)))
+    for task in tasks[:1] if name == "finetune_resnet18" else tasks:
+        task.run(1)
+
+
 def test_the_eta_knows_small_images_short_epochs_and_evaluations(runtime, make_run, monkeypatch):
     """Rates were measured: 32 x 32 takes twice as long as 20 x 20, 224 x 224 three times 112."""
     monkeypatch.setattr(Run, "save", lambda run: None)
@@ -379,7 +389,7 @@ def test_the_rate_leaves_out_the_first_step_of_each_epoch(runtime, make_run, mon
         (row,) = run.state.position.history
         assert row["images_per_second"] == pytest.approx(100 / (4 * seconds))
         # Evaluation takes 20 of the 90 seconds.
-        assert row["eta_seconds"] == pytest.approx(4 * seconds * (32 / 20) ** 1.6 + 20)
+        assert row["eta_seconds"] == pytest.approx((4 * seconds + 20) * (32 / 20) ** 1.6)
 
 
 def test_a_step_is_timed_from_its_batch_on(runtime, make_run):

@@ -187,7 +187,8 @@ def test_a_block_trains_and_a_killed_run_ends_with_the_same_bits(name, tmp_path,
     resumed = script(mine, *flags, chain, cwd=tmp_path, before=prepare)
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert "resume     after 0 epochs and 2 steps" in resumed.stdout
-    assert result(chain) == result(whole) != plain[part]
+    assert result(chain) == result(whole)
+    assert result(whole)[0] != plain[part][0], "the block changes the model"
     if name == "clipping":
         rows = (whole / "steps.csv").read_text().splitlines()
         assert [row.split(",")[:2] for row in rows] == [["1", str(i)] for i in range(1, 5)]

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from argparse import Namespace
 
 import pytest
 import torch
@@ -33,9 +34,11 @@ import report.log
 import report.runs
 import utils
 from engine import weights
+from engine.checkpoint import Position
 from engine.clock import Clock
 from engine.flags import Parser, bounded
-from engine.loop import evaluate, frozen_modules, train_one_epoch
+from engine.loop import evaluate, train_one_epoch
+from engine.optim import frozen_modules
 from train_resnet import train_step
 
 SMALL = {"train_resnet": ["--batch-size", 5, "--epochs", 1, "--precision", "fp32"],
@@ -138,12 +141,6 @@ def test_what_is_frozen_or_in_evaluation_mode_stays_so_in_every_step(start):
     before = copy.deepcopy(run.model.state_dict())
     run.model.modes.clear()
 
-    def restless_step(run, images, labels):
-        run.model.train()  # as it may be after a look at something else
-        result = train_step(run, images, labels)
-        run.model.train()
-        return result
-
     train_one_epoch(run, batches.shuffled(0, 0, 0, 8), train_step)
     assert run.model.modes == [{"", "norm", "fc"}] * 3
     after = run.model.state_dict()
@@ -151,18 +148,22 @@ def test_what_is_frozen_or_in_evaluation_mode_stays_so_in_every_step(start):
     assert same >= {"frozen.1.running_mean", "frozen.3.running_var", "still.running_mean"}
     assert not {"norm.running_mean", "still.weight", "fc.weight"} & same
     evaluate(run.model, batches, run.runtime)
-    run.state.position.epoch, run.state.position.step, run.epochs = 0, 0, 1
-    train_one_epoch(run, batches.shuffled(0, 1, 0, 8), restless_step)
-    train_one_epoch(run, iter(()), train_step)
+    run.model.modes.clear()
+    run.model.frozen.train()  # as a step may leave it
+    run.state.position = Position()
+    train_one_epoch(run, batches.shuffled(0, 1, 0, 8), train_step)
+    assert run.model.modes == [{"", "norm", "fc"}] * 3
     assert run.config["in_words"]["modes"] == "6 of 9 modules stay in evaluation mode"
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     assert run.config["in_words"]["network"].endswith(f", of which {trained} are trained")
 
 
-def test_a_module_with_its_own_weights_frozen_stays_in_evaluation_mode_alone():
+def test_a_module_is_frozen_if_all_weights_inside_are():
     attention = nn.MultiheadAttention(8, 2)
     attention.in_proj_weight.requires_grad = attention.in_proj_bias.requires_grad = False
-    assert frozen_modules(attention) == {attention}
+    assert frozen_modules(attention) == set()
+    attention.out_proj.requires_grad_(False)
+    assert frozen_modules(attention) == {attention, attention.out_proj}
     assert frozen_modules(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))) == set()
 
 
@@ -215,10 +216,10 @@ def test_part_2_says_if_the_head_has_another_name(parse, runtime, caplog):
 # What is said of it
 
 
-def words_of(optimizer, scheduler, steps: int = 100) -> dict[str, str]:
-    model = optimizer.model
-    args = importlib.import_module("argparse").Namespace(cutmix=0.0, output_dir="here")
-    return engine.describe.plan(args, model, scheduler, [32], steps, steps, None)
+def words_of(model, scheduler, steps: int = 100) -> dict[str, str]:
+    args = Namespace(cutmix=0.0, output_dir="here")
+    sizes = [engine.optim.Sizes(32, 32)]
+    return engine.describe.plan(args, model, scheduler, sizes, steps, steps, None, set())
 
 
 @pytest.mark.parametrize("make, says, schedule", [
@@ -236,10 +237,9 @@ def words_of(optimizer, scheduler, steps: int = 100) -> dict[str, str]:
 def test_optimizer_peak_rate_and_schedule_are_named_as_they_are(make, says, schedule):
     model = Kinds()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.3)
-    optimizer.model = model
     scheduler = make(optimizer)
     before = copy.deepcopy((scheduler.state_dict(), optimizer.state_dict()))
-    words = words_of(optimizer, scheduler)
+    words = words_of(model, scheduler)
     count = sum(weight.numel() for weight in model.parameters())
     assert words["optimizer"] == (
         f"AdamW of {count} weights (other matrices, convolutions, norms and biases, "
@@ -331,8 +331,9 @@ def test_of_equal_logits_the_first_class_counts_everywhere(tmp_path, capsys):
     labels = logits.argmax(1)
     metrics = report.log.score(logits, labels)
     assert (metrics.accuracy, metrics.top5) == (1.0, 1.0)
-    values, classes = report.log.top5(logits)
-    assert torch.equal(classes[:, 0], labels) and torch.equal(values, logits.topk(5).values)
+    classes = report.log.top5(logits)
+    assert torch.equal(classes[:, 0], labels)
+    assert torch.equal(logits.gather(1, classes), logits.topk(5).values)
     names = tuple(map(str, range(100)))
     dataset = data.Dataset("mine", *[data.Split(torch.zeros(1000, 3, 32, 32).byte(), labels)] * 2,
                            names, "here")
@@ -456,6 +457,19 @@ def test_a_resume_that_keeps_something_else_is_one_line(first, then, says, tmp_p
             keeping(patch, "train_resnet", **keep)
             run = train("train_resnet", noise(15), tmp_path, *SMALL["train_resnet"], *more)
     assert run.status == 2 and re.search(says, run.message), run.message
+
+
+class Odd(Counter):
+    """Its state cannot be read back without executing what it asks for."""
+
+    def state_dict(self):
+        return {"when": Namespace(now=1)}
+
+
+def test_a_state_that_no_checkpoint_can_give_back_is_one_line(tmp_path, monkeypatch):
+    keeping(monkeypatch, "train_resnet", odd=Odd())
+    run = train("train_resnet", noise(15), tmp_path, *SMALL["train_resnet"])
+    assert run.status == 2 and "what run.start keeps must have a state of tensors" in run.message
 
 
 def test_ranks_average_the_statistics_of_a_kept_network_too(start):
@@ -646,4 +660,6 @@ def test_config_json_says_with_what_a_run_was_made(tmp_path):
     assert config["processes"] == 1 and config["processor"]
     digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
     assert config["weights_sha256"] == digest
-    assert digest in (tmp_path / "run" / "report.md").read_text(), "also after a resume without it"
+    assert digest in (tmp_path / "run" / "report.md").read_text()
+    kept = utils.load_tensors(tmp_path / "run" / "checkpoint.pt")
+    assert kept["weights_sha256"] == digest, "also after a resume without the file"

@@ -134,6 +134,7 @@ def train(name: str, dataset: data.Dataset, output_dir: Path, *flags,
         # For speed no pictures are drawn, no code is read, and no disk is waited for.
         patch.setitem(sys.modules, "matplotlib.figure", None)
         patch.setattr(report.runs, "describe_code", lambda: CODE)
+        patch.setattr(report.runs, "zip_code", bytes)
         patch.setattr(utils.log, "handlers", [*utils.log.handlers])
         patch.setattr(os, "fsync", lambda _: None)
         try:
