@@ -116,19 +116,19 @@ def main() -> None:
                                     padding=args.crop_padding, strength=args.trivial_augment)
     model = runtime.place(model, args.batch_size)
     run = Run(args, runtime, dataset, REQUIRED, train.steps_per_epoch)
-    sizes = optim.low_resolution_first(run.epochs, args.low_res, LOW_SIZE, SIZE)
+    sizes = optim.Sizes(run.epochs, args.low_res, LOW_SIZE, SIZE)
     cutmix = optim.cutmix_by_epoch(run.epochs, args.cutmix)
     optimizer = make_optimizer(model, args, runtime)
     scheduler = optim.one_cycle(optimizer, run.total_steps)
     run.start(model, optimizer, scheduler, sizes, make_augment(args, dataset, runtime))
     for epoch in range(run.epoch, run.epochs):
-        batches = train.shuffled(args.seed, epoch, run.step, sizes[epoch].train, cutmix[epoch])
+        batches = train.shuffled(args.seed, epoch, run.step, sizes.train[epoch], cutmix[epoch])
         results = {"train": loop.train_one_epoch(run, batches, train_step)}
         for split, eval_batches in evaluated.items():
-            batches = run.watch(eval_batches.at(sizes[epoch].test), split)
+            batches = run.watch(eval_batches.at(sizes.test[epoch]), split)
             results[split] = loop.evaluate(model, batches, runtime)
         run.end_epoch(results)
-    run.finish()
+    run.finish(model)
 
 
 if __name__ == "__main__":

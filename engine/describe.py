@@ -71,7 +71,7 @@ def processor() -> str:
     return found[1] if found else platform.processor()
 
 
-def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[Sizes],
+def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: Sizes,
          total_steps: int, steps_per_epoch: int, augment: object,
          in_evaluation_mode: set[nn.Module]) -> dict[str, str]:
     """Return log lines for facts that no flag shows, keyed by their first word."""
@@ -91,11 +91,10 @@ def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[
                           f"decay {group.get('weight_decay', 0):g}")
     first = [of_step[0] for of_step in by_step]  # the rates of the first group
     peak = first.index(max(first))
-    epochs = [f"{count} of {side}px" for side, count in Counter(
-        size.train for size in sizes).items()]
+    epochs = [f"{count} of {side}px" for side, count in Counter(sizes.train).items()]
     changes = ["crop", "flip"]
     if args.cutmix:
-        mixed = cutmix_by_epoch(len(sizes), args.cutmix)
+        mixed = cutmix_by_epoch(len(sizes.train), args.cutmix)
         changes.append(f"CutMix until epoch {len(mixed) - mixed.count(0)}")
     if augment:
         changes.append(getattr(augment, "__name__", type(augment).__name__))
@@ -107,7 +106,7 @@ def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: list[
             "output": str(args.output_dir),
             "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
             "images": f"epochs: {', '.join(epochs)}, tested at this size, the last at "
-                      f"{sizes[-1].test}px; random {', '.join(changes)}"}
+                      f"{sizes.test[-1]}px; random {', '.join(changes)}"}
 
 
 def network(model: nn.Module) -> dict:

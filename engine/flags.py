@@ -113,6 +113,9 @@ class Parser(argparse.ArgumentParser):
             if action.dest != "precision" and action.dest in trained.get("settings", {}):
                 with guard(f"{known.output_dir / 'config.json'}: --{action.dest}", Exception):
                     of_model[action.dest] = _of_type(action, trained["settings"][action.dest])
+        for name in of_model.keys() & given.keys():
+            if given[name] != of_model[name]:
+                log.info(f"note       --{name} {given[name]}, not {of_model[name]} as in training")
         # Only a new run reads first weights; model.pt and checkpoints hold all.
         is_new = not (use_model or (known.resume and checkpoint.exists(known.output_dir)))
         settings = defaults | variant(known.epochs, known.optimizer) | of_model | given

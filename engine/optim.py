@@ -3,7 +3,6 @@
 import copy
 import inspect
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,9 @@ class Muon(torch.optim.SGD):
         # Drop groups without weights, as when all of a kind are frozen. If all are empty, keep
         # them, so that check_groups can say so.
         super().__init__([group for group in groups if group["params"]] or groups)
+        if any("muon" in group and not group["params"] for group in groups):
+            log.info("note       Muon has no weight to train, so --lr has no effect; --optimizer "
+                     "sgd uses it")
         self.dtype, self.pad, self.iterations = dtype, pad, iterations
         self.zeros: dict[torch.Size, Tensor] = {}  # by shape, (widest, out)
 
@@ -161,21 +163,17 @@ def rates(scheduler: LRScheduler, total_steps: int) -> list[list[float]]:
     return by_step
 
 
-class Sizes(NamedTuple):
-    """The sides in pixels of the images that an epoch trains on, and is tested on after that."""
-
-    train: int
-    test: int
-
-
-def low_resolution_first(epochs: int, fraction: float, low: int, full: int) -> list[Sizes]:
-    """Return the sizes of each epoch: `low` in the first `fraction` of them.
+class Sizes:
+    """The sides in pixels of each epoch's images: `low` in the first `fraction` of the epochs.
 
     An epoch is tested at its own size, for batch norm has averages of that, but the last at `full`.
     """
-    low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
-    sides = [low] * low_epochs + [full] * (epochs - low_epochs)
-    return list(map(Sizes, sides, [*sides[:-1], full]))
+
+    def __init__(self, epochs: int, fraction: float, low: int, full: int):
+        low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
+        self.train = [low] * low_epochs + [full] * (epochs - low_epochs)
+        self.test = [*self.train[:-1], full]
+        self.all = {low, full} if fraction else {full}  # in longer runs, too
 
 
 def cutmix_by_epoch(epochs: int, probability: float) -> list[float]:

@@ -104,7 +104,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         again = f"; {utils.AGAIN} goes on" if trains else ""
         return f"the GPU failed ({failure[0]}){again}", FAILED
     if isinstance(error, OSError):
-        return f"cannot go on: {error}", FAILED
+        is_missing = isinstance(error, FileNotFoundError)  # such as a folder of the user's own data
+        return f"cannot go on: {error}", USER_ERROR if is_missing else FAILED
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         return "batch norm cannot train on one image: try another --batch-size", USER_ERROR
     if isinstance(error, KeyboardInterrupt):

@@ -61,20 +61,19 @@ class Run:
         return min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
 
     def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler,
-              sizes: list[Sizes], augment: Augment | None = None,
+              sizes: Sizes, augment: Augment | None = None,
               keep: dict[str, Any] | None = None) -> None:
         """Begin, or with --resume go on.
 
-        `sizes` are those of each epoch. `augment(images, labels, generator)` changes a batch: float
-        images (B, 3, H, W) and float shares (B, classes). Each object in `keep` has state_dict(),
-        of tensors and plain values, and load_state_dict(): checkpoints hold its state, too.
+        `augment(images, labels, generator)` changes a batch: float images (B, 3, H, W) and float
+        shares (B, classes). Each object in `keep` has state_dict(), of tensors and plain values,
+        and load_state_dict(): checkpoints hold its state, too.
         """
         args, runtime, self.keep = self.args, self.runtime, keep or {}
         self.in_evaluation_mode = {module for module in model.modules() if not module.training}
         checks.check_groups(model, optimizer.param_groups)
         checks.check_state({name: part.state_dict() for name, part in self.keep.items()})
-        sides = {side for pair in sizes for side in pair}
-        checks.check_outputs(model, sides, self.dataset, runtime)
+        checks.check_outputs(model, sizes.all, self.dataset, runtime)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes, self.augmentation = runtime.scaler(), sizes, augment
         self.network = model  # which several ranks wrap
@@ -185,17 +184,18 @@ class Run:
 
     def seconds_left(self, evaluation: float | None = None) -> float:
         """Estimate the seconds left; `evaluation` is the time of this epoch's, once it is over."""
-        step_time, size, left = self.step_seconds(), self.sizes[self.epoch], self.epoch
-        steps = sum((self.sizes[epoch].train / size.train) ** SIZE_POWER * self.steps_in(epoch)
+        step_time, left = self.step_seconds(), self.epoch
+        train, test = self.sizes.train[left], self.sizes.test[left]
+        steps = sum((self.sizes.train[epoch] / train) ** SIZE_POWER * self.steps_in(epoch)
                     for epoch in range(self.epoch, self.epochs)) - self.step
         if evaluation is None:
             # A forward pass takes about a third of a step.
             images = sum(len(split.labels) for split in self.dataset.evaluated().values())
             evaluation = step_time / 3 * images / self.args.batch_size
-            evaluation *= (size.test / size.train) ** SIZE_POWER
+            evaluation *= (test / train) ** SIZE_POWER
         else:
             left += 1
-        tests = sum((other.test / size.test) ** SIZE_POWER for other in self.sizes[left:])
+        tests = sum((other / test) ** SIZE_POWER for other in self.sizes.test[left:])
         return step_time * steps + evaluation * tests
 
     def step_seconds(self) -> float:
@@ -232,9 +232,9 @@ class Run:
         position = self.state.position
         position.seconds += self.clock.lap()
         self.check_finite(*(metrics.loss for metrics in results.values()))
-        size = self.sizes[self.epoch]
+        train, test = self.sizes.train[self.epoch], self.sizes.test[self.epoch]
         row = {"dataset": self.dataset.name, "epoch": self.epoch + 1, "epochs": self.epochs,
-               "image_size": size.train, "test_image_size": size.test,
+               "image_size": train, "test_image_size": test,
                "lr": self.optimizer.param_groups[0]["lr"], **metric_columns(results),
                "images_per_second": results["train"].images / (self.step * self.step_seconds()),
                "seconds": position.seconds,
@@ -267,9 +267,8 @@ class Run:
         except OSError as error:
             log.info(f"warning    not saved ({error}); training goes on, the next save tries again")
 
-    def finish(self, model: nn.Module | None = None) -> None:
-        """Save; write model.pt (of `model`, else the trained one) and the report; log the end."""
-        model = self.model if model is None else model
+    def finish(self, model: nn.Module) -> None:
+        """Save; write `model`, the one that was tested, as model.pt; write the report."""
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
         history = self.state.position.history
         with guard(f"{self.args.output_dir}: not all is written", OSError,

@@ -70,7 +70,7 @@ def start(parse, monkeypatch, runtime):
         optimizer = script.make_optimizer(model, args, runtime)
         if pad is not None:
             optimizer.pad = pad
-        return begin(args, runtime, 3, runtime.place(model), optimizer, [8] * args.epochs)
+        return begin(args, runtime, 3, runtime.place(model), optimizer, 8)
 
     return start_run
 
@@ -393,7 +393,8 @@ def test_a_log_tells_the_time_left_once_and_before_the_first_epoch_ends(start, c
 
 def test_the_time_left_is_of_all_epochs_and_their_evaluations(start):
     run, _ = start(models.ResNet(), "--epochs", 4, "--batch-size", 10)
-    run.sizes = [engine.optim.Sizes(*pair) for pair in ((16, 16), (16, 16), (16, 32), (32, 32))]
+    run.sizes = engine.optim.Sizes(4, 0.75, 16, 32)
+    run.sizes.test = [16, 16, 32, 32]
     run.steps_per_epoch, run.total_steps = 100, 400
     run.state.position, run.clock.steps = Position(epoch=1, step=40), [9.0, 0.5, 0.5]
     # A step at 32 takes 2^1.6 times as long as one at 16, and 30 images are to be tested.

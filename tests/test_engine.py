@@ -46,7 +46,8 @@ def begin(args, runtime, steps, model, optimizer, sizes) -> tuple[Run, data.Batc
     split = data.Split(images, torch.arange(10 * steps) % 100)
     dataset = data.Dataset("none", split, split, CLASS_NAMES, "")
     run = Run(args, runtime, dataset, 60, steps)
-    sizes = [engine.optim.Sizes(size, size) if isinstance(size, int) else size for size in sizes]
+    if isinstance(sizes, int):
+        sizes = engine.optim.Sizes(args.epochs, 0, sizes, sizes)
     run.start(model, optimizer, engine.optim.one_cycle(optimizer, run.total_steps), sizes)
     return run, data.Batches(split, 10, data.CIFAR100_STATS, runtime)
 
@@ -61,7 +62,7 @@ def make_run(parse, monkeypatch):
         script, args = parse(name, "--overwrite", *flags)
         network, low, full = PARTS[name]
         model = runtime.place(network())
-        sizes = engine.optim.low_resolution_first(args.epochs, args.low_res, low, full)
+        sizes = engine.optim.Sizes(args.epochs, args.low_res, low, full)
         optimizer = script.make_optimizer(model, args, runtime)
         return begin(args, runtime, steps, model, optimizer, sizes)
 
@@ -281,7 +282,7 @@ def test_an_epoch_is_the_loop_that_people_write(runtime, parse, monkeypatch):
         correct += int((logits.argmax(1) == labels).sum())
 
     _, args = parse("train_resnet", "--epochs", 1)
-    run, _ = begin(args, runtime, 3, model, torch.optim.SGD(model.parameters(), 0.1, 0.9), [8])
+    run, _ = begin(args, runtime, 3, model, torch.optim.SGD(model.parameters(), 0.1, 0.9), 8)
     metrics = train_one_epoch(run, ((*batch, 1.0) for batch in batches), train_step)
     assert equal(dict(model.state_dict()), dict(plain.state_dict()))
     assert metrics.loss == pytest.approx(sum(losses) / 24, rel=1e-5)
@@ -366,7 +367,7 @@ def test_the_eta_knows_small_images_short_epochs_and_evaluations(runtime, make_r
     monkeypatch.setattr(Clock, "lap", lambda clock: 0)
     run, _ = make_run("train_resnet", runtime, 2, "--epochs", 3, "--max-steps", 5)
     for (low, full), factor in (((20, 32), 1.96), ((112, 224), 3.2)):
-        run.sizes = [engine.optim.Sizes(side, side) for side in (low, low, full)]
+        run.sizes = engine.optim.Sizes(3, 0.7, low, full)
         run.state.position = Position(step=2, seconds=80, train_seconds=50)
         run.clock.steps = [70.0, 25.0]
         run.end_epoch({"train": Metrics(1, 0.5, 0.5, 500)})

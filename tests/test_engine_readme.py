@@ -43,12 +43,13 @@ CASES = {
         r"Muon of [\d,]+ weights \(convolutions, 1x1 convolutions\) at peak rate 0.00167",
         r"SGD of 102,500 weights \(linear layers, norms and biases\) at peak rate 0.025"]),
     "probe": ("weight.requires_grad", PART_2, [
+        "note       Muon has no weight to train, so --lr has no effect",
         "network    ResNet, 11,227,812 parameters, of which 51,300 are trained\n",
         "modes      63 of 68 modules stay in evaluation mode\n"]),
     "superclasses": ("SUPERCLASSES", PART_1, ["dataset superclasses", "superclasses: 32 training"]),
     "CIFAR-10": ("CIFAR10", PART_1, ["dataset cifar10", "cifar10: 32 training and 20 test images"]),
-    "folders": ("ImageFolder", PART_2, [
-        "dataset mine", "mine: 32 training and 20 test images of 224 x 224 pixels"]),
+    "folders": ("ImageFolder", (PART_2[0], [*PART_2[1][:-1], 40]), [
+        "dataset mine", "mine: 32 training and 20 test images of 40 x 40 pixels"]),
 }
 
 

@@ -28,6 +28,7 @@ import engine.checks
 import engine.describe
 import engine.inference
 import engine.optim
+import engine.process
 import models
 import report.evaluation
 import report.log
@@ -55,7 +56,7 @@ def start(parse, monkeypatch, runtime):
     def start_run(model, *flags, optimizer=None, steps=3):
         script, args = parse("train_resnet", "--overwrite", "--epochs", 1, *flags)
         optimizer = optimizer or script.make_optimizer(model, args, runtime)
-        return begin(args, runtime, steps, runtime.place(model), optimizer, [8] * args.epochs)
+        return begin(args, runtime, steps, runtime.place(model), optimizer, 8)
 
     return start_run
 
@@ -114,6 +115,19 @@ def test_a_model_is_used_with_flags_of_ones_own_as_they_were_read(tmp_path, monk
         "train_resnet.py", "--eval-only", "--output-dir", str(tmp_path)])
     args = importlib.import_module("train_resnet").parse_args()
     assert (args.kind, args.widths, args.gain) == (torch.device("meta"), [4, 8], 1.0)
+
+
+def test_a_flag_that_differs_from_the_model_s_run_is_said(tmp_path, monkeypatch, caplog):
+    with_flags(monkeypatch, "train_resnet")
+    train("train_resnet", noise(10), tmp_path, *SMALL["train_resnet"], "--gain", 2)
+    for flags, notes in ((["--gain", 2], []), (["--gain", 3], [
+            "note       --gain 3.0, not 2.0 as in training"])):
+        monkeypatch.setattr(sys, "argv", [
+            "train_resnet.py", "--eval-only", "--output-dir", str(tmp_path), *map(str, flags)])
+        caplog.clear()
+        with caplog.at_level("INFO", "cifar100"):
+            importlib.import_module("train_resnet").parse_args()
+        assert caplog.messages == notes
 
 
 # What is trained
@@ -213,12 +227,27 @@ def test_part_2_says_if_the_head_has_another_name(parse, runtime, caplog):
     assert {group["lr"] for group in optimizer.param_groups} == {args.lr, script.SGD_LR}
 
 
+def test_a_probe_says_that_lr_has_no_effect_by_muon(parse, runtime, caplog):
+    script, args = parse("finetune_resnet18")
+    model = Kinds()
+    model.fc = nn.Linear(8, 4)
+    for name, weight in model.named_parameters():
+        weight.requires_grad = name.startswith("fc")
+    with caplog.at_level("INFO", "cifar100"):
+        (group,) = script.make_optimizer(model, args, runtime).param_groups
+        assert group["lr"] == script.HEAD_RATE * script.SGD_LR
+        args.optimizer = "sgd"
+        script.make_optimizer(model, args, runtime)
+    assert caplog.messages == ["note       Muon has no weight to train, so --lr has no effect; "
+                               "--optimizer sgd uses it"]
+
+
 # What is said of it
 
 
 def words_of(model, scheduler, steps: int = 100) -> dict[str, str]:
     args = Namespace(cutmix=0.0, output_dir="here")
-    sizes = [engine.optim.Sizes(32, 32)]
+    sizes = engine.optim.Sizes(1, 0, 32, 32)
     return engine.describe.plan(args, model, scheduler, sizes, steps, steps, None, set())
 
 
@@ -392,6 +421,22 @@ def test_a_network_of_one_size_is_one_line_before_the_first_step(runtime):
         engine.checks.check_outputs(model, [16, 32], plain(10), runtime)
     with pytest.raises(utils.UserError, match=r"cannot take images of 48 x 48 pixels"):
         engine.checks.check_outputs(model, [48], plain(10), runtime)
+
+
+@both
+def test_a_short_run_tries_the_small_images_of_a_longer_one(name, tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(engine.checks, "check_outputs", lambda _, found, *__: sizes.append(found))
+    low, full = (20, 32) if name == "train_resnet" else (112, 224)
+    for flags in ([], ["--low-res", 0]):
+        train(name, noise(10), tmp_path, "--max-steps", 1, "--overwrite", *flags)
+    assert sizes == [{low, full}, {full}]
+
+
+def test_a_folder_of_ones_own_that_is_missing_is_bad_input(tmp_path):
+    message, status = engine.process.explain(FileNotFoundError(2, "No such file", "data/train"))
+    assert message == "cannot go on: [Errno 2] No such file: 'data/train'" and status == 2
+    assert engine.process.explain(OSError(28, "No space left"))[1] == 1
 
 
 # State of one's own

@@ -160,7 +160,7 @@ def changed_script(tmp_path, *parts) -> Path:
         (block,) = (block for block in code_blocks(section("Change it")) if part in block)
         assert block.count("\n") <= 10
         # A flag comes before another line, a function takes the place of what is there.
-        old = r"(?=^    return parser.read)" if part == "add(" else rf"^{part}.*?\n\n(?=\n)"
+        old = r"(?=^    return parser.read)" if part == "add_argument" else rf"^{part}.*?\n\n(?=\n)"
         text = re.sub(old, block, text, flags=re.MULTILINE | re.DOTALL)
         assert block in text
     for path in ROOT.glob("*.py"):
@@ -172,7 +172,7 @@ def changed_script(tmp_path, *parts) -> Path:
 
 
 def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_path):
-    mine = changed_script(tmp_path, "add(", "def make_model", "def make_augment")
+    mine = changed_script(tmp_path, "add_argument", "def make_model", "def make_augment")
     flags = ["--dataset", "synthetic", "--device", "cpu", "--batch-size", 20, "--max-steps", 3,
              "--blocks", 1, "--resume", "--output-dir"]
     whole, chain, plain = tmp_path / "whole", tmp_path / "chain", tmp_path / "plain"
@@ -190,7 +190,7 @@ def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_pat
     tested = script(mine, "--eval-only", "--device", "cpu", "--output-dir", whole)
     assert f" acc {accuracy:>6} " in tested.stdout, "the network is that of the run"
     (tmp_path / "a").mkdir()
-    changed_script(tmp_path / "a", "add(", "def make_model")
+    changed_script(tmp_path / "a", "add_argument", "def make_model")
     assert script(tmp_path / "a" / "train_mine", *flags, plain).returncode == 0
     assert (whole / "model.pt").read_bytes() != (plain / "model.pt").read_bytes()
     compared = call(compare_runs, whole, chain, plain, "--output-dir", tmp_path)
