@@ -11,7 +11,9 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 log = logging.getLogger("cifar100")
@@ -88,6 +90,15 @@ def save_tensors(path: Path, content: dict, previous: Path | None = None) -> Non
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, buffer.getbuffer(), previous)
+
+
+def plain(state: Any) -> Any:  # noqa: ANN401
+    """Return a state with Python's numbers for NumPy's, which load_tensors would refuse."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if type(state) in (list, tuple):
+        return type(state)(map(plain, state))
+    return {name: plain(value) for name, value in state.items()} if type(state) is dict else state
 
 
 def load_tensors(path: Path | str) -> dict:

@@ -18,7 +18,7 @@ from engine.weights import difference
 from report import evaluation, run_report, runs
 from report.log import files_line, log_words
 from report.write import write_text
-from utils import ELSEWHERE, UserError, guard, log
+from utils import ELSEWHERE, UserError, guard, log, plain
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
 RUN_FILES = ("config.json", "code.zip", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
@@ -53,8 +53,8 @@ class State:
                    "statistics": [tensor.cpu() for tensor in self.statistics]}
         return {**config, "position": dataclasses.asdict(self.position),
                 "ranks": runtime.gather(of_rank),
-                "keep": {name: part.state_dict() for name, part in self.keep.items()},
-                **{name: part.state_dict() for name, part in self.trained.items()}}
+                "keep": {name: plain(part.state_dict()) for name, part in self.keep.items()},
+                **{name: plain(part.state_dict()) for name, part in self.trained.items()}}
 
     def restore(self, checkpoint: dict, runtime: Runtime) -> None:
         """Take over a checkpoint; with another number of ranks the end is not the same bits."""
@@ -97,12 +97,12 @@ class State:
             raise UserError(f"{path}: of a run on other images; --data-dir must hold the same")
         if misfit := difference(checkpoint["model"], self.trained["model"].state_dict()):
             raise UserError(f"{path}: of another network: {misfit}; {ELSEWHERE}")
-        # Compared word for word, so code that words them otherwise refuses older checkpoints.
-        for name in ("optimizer", "schedule"):
-            was, is_now = (each["in_words"][name] for each in (checkpoint, config))
-            if was != is_now:
-                raise UserError(f"{path}: cannot go on with another {name}: it was {was}, and is "
-                                f"{is_now}; {ELSEWHERE}")
+        was, is_now = checkpoint["optimization"], config["optimization"]
+        changed = [f"{name} {is_now.get(name)} (was {was.get(name)})"
+                   for name in {**was, **is_now} if was.get(name) != is_now.get(name)]
+        if changed:
+            raise UserError(f"{path}: cannot go on with another optimizer or schedule: "
+                            f"{', '.join(changed[:5])}; {ELSEWHERE}")
         if checkpoint["keep"].keys() != self.keep.keys():
             was, is_now = (", ".join(each) or "nothing" for each in (checkpoint["keep"], self.keep))
             raise UserError(f"{path}: of a run that keeps {was}, and this one keeps {is_now}; "
@@ -120,7 +120,7 @@ def open_directory(directory: Path, state: State, config: dict, resume: bool,
     check_output_dir(directory, resume, overwrite, use_model=False)
     found, problem = load(directory, state, config) if resume else (None, "")
     if not found:
-        later_code = (path.name for path in directory.glob("code-*.zip"))
+        later_code = (path.name for path in directory.glob(f"code-{12 * '[0-9a-f]'}.zip"))
         for name in (*RUN_FILES, *run_report.RUN_REPORTS, *evaluation.TEST_REPORTS, *later_code):
             (directory / name).unlink(missing_ok=True)
     log_to(logging.FileHandler(directory / "log.txt", "a", "utf-8", errors="replace"))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data import Dataset
 from engine.runtime import Runtime
-from utils import UserError, guard, log
+from utils import UserError, guard, log, plain
 
 
 def check_groups(model: nn.Module, groups: list[dict]) -> None:
@@ -22,13 +22,14 @@ def check_groups(model: nn.Module, groups: list[dict]) -> None:
                             "one: see make_optimizer")
 
 
-def check_state(states: dict[str, Any]) -> None:
-    """Raise UserError unless a checkpoint can hold these states, and give them back."""
-    with guard("what run.start keeps must have a state of tensors and plain values", Exception):
-        file = io.BytesIO()
-        torch.save(states, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
+def check_state(parts: dict[str, Any]) -> None:
+    """Raise UserError unless a checkpoint can hold the states of these, and give them back."""
+    for name, part in parts.items():
+        with guard(f"{name} must have a state_dict() of tensors and plain values", Exception):
+            file = io.BytesIO()
+            torch.save(plain(part.state_dict()), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
 
 
 def check_gradients(model: nn.Module, ranks: int) -> None:
@@ -42,8 +43,12 @@ def check_gradients(model: nn.Module, ranks: int) -> None:
         log.info(f"note       no gradient reaches {', '.join(unused)} in the first step")
 
 
-def check_augmented(images: Tensor, labels: Tensor, expected: torch.Size) -> None:
+def check_augmented(changed: tuple[Tensor, Tensor], expected: torch.Size) -> None:
     """Raise UserError unless an augmentation kept the batch's size, and returned shares."""
+    if not (isinstance(changed, (tuple, list)) and len(changed) == 2
+            and all(isinstance(part, Tensor) for part in changed)):
+        raise UserError("the augmentation must return two tensors, images and labels")
+    images, labels = changed
     sums = labels.float().sum(-1)
     is_kept = len(images) == expected[0] and labels.shape == expected
     if not (is_kept and labels.dtype == torch.float32 and (sums - 1).abs().max() < 1e-3):
@@ -53,7 +58,7 @@ def check_augmented(images: Tensor, labels: Tensor, expected: torch.Size) -> Non
             f"{expected[0]}, and {tuple(expected)} of torch.float32 with sums of 1")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a network caches would be of no use in training
 def check_outputs(model: nn.Module, sizes: set[int], dataset: Dataset, runtime: Runtime) -> None:
     """Raise UserError unless the network has an output (B, C) for each class, at every size."""
     classes = len(dataset.class_names)

@@ -1,12 +1,13 @@
 """Describe a run: its config.json, and the first lines of its log."""
 
 import hashlib
-import json
 import platform
 import re
+import zlib
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from data import Dataset
+from engine.flags import as_json
 from engine.optim import Muon, Sizes, cutmix_by_epoch, kinds, rates
 from engine.runtime import Runtime
 from report import runs
@@ -34,15 +36,15 @@ def header(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module
 
 
 def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module,
-           required: float, optimizer: torch.optim.Optimizer, plan: dict[str, str]) -> dict:
+           required: float, optimization: dict[str, Any], plan: dict[str, str]) -> dict:
     """Return the content of config.json; `plan` has lines of the log that no flag shows."""
     # They stand beside the flags; see engine.flags.Parser.read.
     not_flags = ("recipe", "trained", "is_new", "script", "command", "began")
     settings = {name: value for name, value in vars(args).items() if name not in not_flags}
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = as_json(settings)
     settings["precision"] = runtime.precision
-    if type(optimizer) is not Muon:
-        settings["optimizer"] = type(optimizer).__name__
+    if optimization["optimizer"] != "Muon":
+        settings["optimizer"] = optimization["optimizer"]
     code, lines = runs.describe_code(), header(args, runtime, dataset, model)
     lines["code"] = runs.name_of_code(code).removeprefix("code ")
     shown = settings | {"dataset": dataset.name}  # the user's own set has no flag
@@ -59,7 +61,7 @@ def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module
             "processor": processor(), "processes": runtime.ranks,
             "code": code, "data": dataset.checksum, "image_side": dataset.side,
             "classes": list(map(str, dataset.class_names)), "network": network(model),
-            "recipe": list(args.recipe), "settings": settings,
+            "recipe": list(args.recipe), "settings": settings, "optimization": optimization,
             "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if has_file else "",
             "in_words": lines | plan}
 
@@ -71,26 +73,38 @@ def processor() -> str:
     return found[1] if found else platform.processor()
 
 
-def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: Sizes,
-         total_steps: int, steps_per_epoch: int, augment: object,
-         in_evaluation_mode: set[nn.Module]) -> dict[str, str]:
-    """Return log lines for facts that no flag shows, keyed by their first word."""
+def optimization(model: nn.Module, scheduler: LRScheduler,
+                 total_steps: int) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the log lines of optimizer and schedule, and what a resumed run must keep of them."""
     kind_of, by_step, optimizer = kinds(model), rates(scheduler, total_steps), scheduler.optimizer
+    name, schedule = type(optimizer).__name__, type(scheduler).__name__
+    words, identity = [], {"optimizer": name}
+    for number, group in enumerate(optimizer.param_groups):
+        trained = [weight for weight in group["params"] if weight.requires_grad]
+        count = sum(weight.numel() for weight in trained)
+        settings = {key: value for key, value in group.items() if key != "params"}
+        identity |= {f"{key} of group {number}": value
+                     for key, value in {**settings, "weights": count}.items()}
+        what = ", ".join(dict.fromkeys(kind_of.get(weight, "others") for weight in trained))
+        called = ("Muon" if "muon" in group else "SGD") if isinstance(optimizer, Muon) else name
+        peak = max(of_step[number] for of_step in by_step)
+        words.append(f"{called} of {count:,} weights ({what}) at peak rate {peak:.3g}, decay "
+                     f"{group.get('weight_decay', 0):g}")
+    first = [of_step[0] for of_step in by_step]  # the rates of the first group
+    top = first.index(max(first))
+    line = (f"{schedule}: rate {first[0]:.3g} in step 1, {first[top]:.3g} in step {top + 1:,}, "
+            f"{first[-1]:.3g} in step {total_steps:,}")
+    identity["schedule"] = f"{schedule}, rates {zlib.crc32(repr(by_step).encode()):08x}"
+    return {"optimizer": "; ".join(words), "schedule": line}, as_json(identity)
+
+
+def plan(args: Namespace, model: nn.Module, sizes: Sizes, total_steps: int, steps_per_epoch: int,
+         augment: object, in_evaluation_mode: set[nn.Module]) -> dict[str, str]:
+    """Return other log lines for facts that no flag shows, keyed by their first word."""
     lines = {}
     if in_evaluation_mode:
         lines["modes"] = (f"{len(in_evaluation_mode)} of {len(list(model.modules()))} modules "
                           "stay in evaluation mode")
-    groups = []
-    for group, of_group in zip(optimizer.param_groups, zip(*by_step, strict=True), strict=True):
-        name = type(optimizer).__name__
-        if isinstance(optimizer, Muon):
-            name = "Muon" if "muon" in group else "SGD"
-        if count := sum(weight.numel() for weight in group["params"]):
-            what = ", ".join(dict.fromkeys(kind_of.get(w, "others") for w in group["params"]))
-            groups.append(f"{name} of {count:,} weights ({what}) at peak rate {max(of_group):.3g}, "
-                          f"decay {group.get('weight_decay', 0):g}")
-    first = [of_step[0] for of_step in by_step]  # the rates of the first group
-    peak = first.index(max(first))
     epochs = [f"{count} of {side}px" for side, count in Counter(sizes.train).items()]
     changes = ["crop", "flip"]
     if args.cutmix:
@@ -98,15 +112,12 @@ def plan(args: Namespace, model: nn.Module, scheduler: LRScheduler, sizes: Sizes
         changes.append(f"CutMix until epoch {len(mixed) - mixed.count(0)}")
     if augment:
         changes.append(getattr(augment, "__name__", type(augment).__name__))
+    tested = f", tested at this size, the last at {sizes.test[-1]}px" if min(sizes.train) < max(
+        sizes.test) else ""
     return lines | {
-            "optimizer": "; ".join(groups),
-            "schedule": f"{type(scheduler).__name__}: rate {first[0]:.3g} in step 1, "
-                        f"{first[peak]:.3g} in step {peak + 1:,}, {first[-1]:.3g} in step "
-                        f"{total_steps:,}",
-            "output": str(args.output_dir),
-            "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
-            "images": f"epochs: {', '.join(epochs)}, tested at this size, the last at "
-                      f"{sizes.test[-1]}px; random {', '.join(changes)}"}
+        "output": str(args.output_dir),
+        "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
+        "images": f"epochs: {', '.join(epochs)}{tested}; random {', '.join(changes)}"}
 
 
 def network(model: nn.Module) -> dict:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import functools
+import json
 import math
 import os
 import re
@@ -82,6 +83,21 @@ class Parser(argparse.ArgumentParser):
                 message += f"; {flag}: do you mean {near}?"
         raise UserError(f"{message} (--help lists the flags)")
 
+    def _take_defaults(self, recipe: dict) -> dict[str, Any]:
+        """Return the flags' defaults, show them in --help, and have parse_args leave them out."""
+        defaults = {}
+        for action in self._actions[1:]:  # the first one is --help
+            default = recipe.get(action.dest, action.default)
+            if isinstance(default, str):
+                default = self._get_value(action, default)  # as argparse itself converts it
+            default = defaults.setdefault(action.dest, default)  # of two flags the first one's
+            if default is not None and default is not False:
+                shown = str(default).replace("%", "%%")  # argparse formats the help
+                text = (action.help or "").replace(" (default: %(default)s)", "")
+                action.help = f"{text} (default: {shown})"
+            action.default = argparse.SUPPRESS
+        return defaults
+
     def read(self, recipe: dict, variant: Callable[[int, str], dict]) -> argparse.Namespace:
         """Parse the command line; raises UserError if it does not fit what --output-dir holds.
 
@@ -90,13 +106,7 @@ class Parser(argparse.ArgumentParser):
         `recipe` (names), `trained` (that run's config.json or {}), `is_new` (the run begins),
         `script`, `command` and `began`.
         """
-        defaults = {}
-        for action in self._actions[1:]:  # the first one is --help
-            defaults[action.dest] = default = recipe.get(action.dest, action.default)
-            if default is not None and default is not False:
-                shown = str(default).replace("%", "%%")  # argparse formats the help
-                action.help = f"{action.help or ''} (default: {shown})"
-            action.default = argparse.SUPPRESS  # so that parse_args returns what is given
+        defaults = self._take_defaults(recipe)
         script, flags = command_line()
         given = vars(self.parse_args(flags))
         known = argparse.Namespace(**defaults | given)
@@ -105,23 +115,25 @@ class Parser(argparse.ArgumentParser):
         trained = _read_trained(known.output_dir, script.stem) if use_model else {}
         others = [action for group in (self.data_group, self.output_group, self.machine_group)
                   for action in group._group_actions]
-        recipe_flags = [action for action in self._actions[1:] if action not in others]
-        names = [action.dest for action in recipe_flags]
+        recipe_flags = {action.dest: action for action in self._actions[1:] if action not in others}
         of_model = {}
-        for action in recipe_flags:
+        for name, value in trained.get("settings", {}).items():
             # This machine may compute in another precision.
-            if action.dest != "precision" and action.dest in trained.get("settings", {}):
-                with guard(f"{known.output_dir / 'config.json'}: --{action.dest}", Exception):
-                    of_model[action.dest] = _of_type(action, trained["settings"][action.dest])
-        for name in of_model.keys() & given.keys():
-            if given[name] != of_model[name]:
-                log.info(f"note       --{name} {given[name]}, not {of_model[name]} as in training")
+            if name not in recipe_flags or name == "precision":
+                continue
+            if name not in given:
+                with guard(f"{known.output_dir / 'config.json'}: --{name}", Exception,
+                           "; give it again"):
+                    of_model[name] = _as_in_training(recipe_flags[name], value, defaults[name])
+            elif as_json(given[name]) != value:
+                log.info(f"note       --{name} {given[name]}, not {value} as in training")
         # Only a new run reads first weights; model.pt and checkpoints hold all.
         is_new = not (use_model or (known.resume and checkpoint.exists(known.output_dir)))
         settings = defaults | variant(known.epochs, known.optimizer) | of_model | given
         return argparse.Namespace(
-            **settings, recipe=names, trained=trained, is_new=is_new, script=script.stem,
-            command=shlex.join(["python", str(script), *flags]), began=time.monotonic())
+            **settings, recipe=list(recipe_flags), trained=trained, is_new=is_new,
+            script=script.stem, command=shlex.join(["python", str(script), *flags]),
+            began=time.monotonic())
 
 
 def _add_recipe(add: Callable) -> None:
@@ -148,12 +160,21 @@ def _add_recipe(add: Callable) -> None:
         help="auto: bf16 where the chip computes in it, else fp16 on CUDA, else fp32")
 
 
-def _of_type(action: argparse.Action, value: Any) -> Any:  # noqa: ANN401
-    """Return a value of config.json as the flag would have read it."""
-    if isinstance(value, list):
-        return [_of_type(action, one) for one in value]
-    is_text = action.type and isinstance(value, (int, float, str))
-    return action.type(str(value)) if is_text else value
+def as_json(value: Any) -> Any:  # noqa: ANN401
+    """Return a flag's value as config.json holds it; what JSON does not know becomes a text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _as_in_training(action: argparse.Action, value: Any, default: Any) -> Any:  # noqa: ANN401
+    """Return the value that a flag had in training, from config.json; raises anything."""
+    if value == as_json(default):
+        return default
+    if not action.type or not isinstance(value, (int, float, str, list)):
+        return value
+    if isinstance(value, list) and action.nargs is None:  # of a type that itself reads a list
+        return value
+    convert = [action.type(str(part)) for part in (value if isinstance(value, list) else [value])]
+    return convert if isinstance(value, list) else convert[0]
 
 
 def _read_trained(directory: Path, script: str) -> dict:

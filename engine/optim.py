@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from utils import log
+from utils import guard, log
 
 WARMUP = 0.2  # of the steps, in which the rate rises, Smith & Topin 2017, arXiv:1708.07120
 # CutMix is off in the last 30 % of the epochs, at most 6: in runs of 40 epochs, 6 did better than
@@ -153,9 +153,10 @@ def frozen_modules(model: nn.Module) -> set[nn.Module]:
 def rates(scheduler: LRScheduler, total_steps: int) -> list[list[float]]:
     """Return the learning rates of each step, one for each of the optimizer's groups."""
     weights = [weight for group in scheduler.optimizer.param_groups for weight in group["params"]]
-    twin = copy.deepcopy(scheduler, {id(weight): weight for weight in weights})  # these are shared
     by_step = []
-    with warnings.catch_warnings():
+    with (guard("the schedule must be one whose step() takes no argument, and that can be copied",
+                Exception), warnings.catch_warnings()):
+        twin = copy.deepcopy(scheduler, {id(weight): weight for weight in weights})  # these not
         warnings.simplefilter("ignore")  # that its optimizer takes no steps
         for _ in range(total_steps):
             by_step.append([float(group["lr"]) for group in twin.optimizer.param_groups])

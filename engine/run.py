@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from data import Dataset, epoch_seed
 from engine import checkpoint, checks, describe
@@ -72,7 +73,7 @@ class Run:
         args, runtime, self.keep = self.args, self.runtime, keep or {}
         self.in_evaluation_mode = {module for module in model.modules() if not module.training}
         checks.check_groups(model, optimizer.param_groups)
-        checks.check_state({name: part.state_dict() for name, part in self.keep.items()})
+        checks.check_state({"the optimizer": optimizer, "the schedule": scheduler, **self.keep})
         checks.check_outputs(model, sizes.all, self.dataset, runtime)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes, self.augmentation = runtime.scaler(), sizes, augment
@@ -83,10 +84,11 @@ class Run:
                    "scaler": self.scaler}
         sums = torch.zeros(3, device=runtime.device)
         self.state = State(trained, Position(), sums, self._own_statistics(), self.keep)
-        plan = describe.plan(args, model, scheduler, sizes, self.total_steps, self.steps_per_epoch,
-                             augment, self.in_evaluation_mode | frozen_modules(model))
-        self.config = describe.config(args, runtime, self.dataset, model, self.required, optimizer,
-                                      plan)
+        plan = describe.plan(args, model, sizes, self.total_steps, self.steps_per_epoch, augment,
+                             self.in_evaluation_mode | frozen_modules(model))
+        lines, optimization = describe.optimization(model, scheduler, self.total_steps)
+        self.config = describe.config(args, runtime, self.dataset, model, self.required,
+                                      optimization, lines | plan)
         self.clock.catch_signals()
         self._open_directory()
         if self.tensorboard and runtime.rank == 0:
@@ -126,10 +128,10 @@ class Run:
         # + 1: SeedSequence ignores trailing zeros, so rank 0 would reuse an epoch's shuffling seed.
         seed = epoch_seed(self.args.seed, step, self.runtime.rank + 1)
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
-        images, changed = self.augmentation(images, labels, generator)
+        changed = self.augmentation(images, labels, generator)
         if not self.clock.progressed:
-            checks.check_augmented(images, changed, labels.shape)
-        return images, changed
+            checks.check_augmented(changed, labels.shape)
+        return changed
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of the batch's loss, of which this rank has a share."""
@@ -269,6 +271,7 @@ class Run:
 
     def finish(self, model: nn.Module) -> None:
         """Save; write `model`, the one that was tested, as model.pt; write the report."""
+        model = model.module if isinstance(model, AveragedModel) else model
         log.info(f"peak memory {peak_memory(self.runtime.device):.2f} GB")
         history = self.state.position.history
         with guard(f"{self.args.output_dir}: not all is written", OSError,

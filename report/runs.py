@@ -57,14 +57,15 @@ def zip_code() -> bytes:
 def _sources() -> dict[Path, str]:
     """Return the modules of the project and of the script's folder, with their paths in there."""
     # The script may lie elsewhere.
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    roots = [ROOT, Path(script).resolve().parent] if script else [ROOT]
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or ROOT / "none").resolve()
+    roots = [ROOT, script.parent]
     not_ours = {"tests", "site-packages", f"python3.{sys.version_info.minor}"}  # an environment's
     sources = {}
     for module in list(sys.modules.values()):
         file = Path(getattr(module, "__file__", None) or "").resolve()
         root = next(filter(file.is_relative_to, roots), None)
-        if root and file.is_file() and not not_ours & {*file.relative_to(root).parts}:
+        is_ours = root and not not_ours & {*file.relative_to(root).parts}
+        if file.is_file() and (is_ours or file == script):
             sources[file] = str(file.relative_to(root))
     return dict(sorted(sources.items(), key=lambda item: item[1]))  # wherever they lie
 
@@ -169,6 +170,8 @@ def _identity(config: dict) -> dict[str, tuple[object, str]]:
         if value is not None and name != "seed":
             words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
             identity[f"--{name}"] = value, words
+    # Older runs trained all parameters.
+    network = {"trained": network["parameters"], **network}
     layers = f"{zlib.crc32(repr(network).encode()):08x}"
     return identity | {
         "code": (code["modules"], name_of_code(code)),

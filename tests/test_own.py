@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import enum
 import functools
 import hashlib
 import importlib
@@ -13,6 +14,7 @@ import sys
 import zipfile
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, contents, result, script, without_pictures
@@ -64,6 +66,13 @@ def start(parse, monkeypatch, runtime):
 # Flags
 
 
+class Colour(enum.Enum):
+    """A value that JSON does not know."""
+
+    RED = 1
+    BLUE = 2
+
+
 def with_flags(monkeypatch, name: str) -> None:
     """Have a script read flags of every kind that a user may add."""
     script = importlib.import_module(name)
@@ -72,7 +81,13 @@ def with_flags(monkeypatch, name: str) -> None:
         parser = Parser("Mine.\n\n", output_dir="output")
         parser.add_argument("--gain", type=float, default=1.0)
         parser.add_argument("--widths", type=bounded(int, 1), nargs="+", default=[4, 8])
-        parser.add_argument("--kind", type=torch.device, default=torch.device("cpu"))
+        parser.add_argument("--kind", type=torch.device, default="cpu")
+        parser.add_argument("--steps", type=lambda text: [int(part) for part in text.split(",")],
+                            default=[1, 2], help="milestones (default: %(default)s)")
+        parser.add_argument("--relu", dest="act", action="store_const", const="relu",
+                            default="relu")
+        parser.add_argument("--gelu", dest="act", action="store_const", const="gelu")
+        parser.add_argument("--colour-of", type=Colour.__getitem__, default=Colour.RED)
         parser.add_argument_group("mine").add_argument("--bias", action="store_true")
         parser.machine_group.add_argument("--workers", type=int, default=1)
         parser.output_group.add_argument("--colour", default="red")
@@ -110,11 +125,23 @@ def test_a_flag_is_of_the_recipe_unless_it_is_of_data_output_or_machine(
 
 def test_a_model_is_used_with_flags_of_ones_own_as_they_were_read(tmp_path, monkeypatch):
     with_flags(monkeypatch, "train_resnet")
+    parse_args = importlib.import_module("train_resnet").parse_args
+
+    def used(*flags):
+        monkeypatch.setattr(sys, "argv", [
+            "train_resnet.py", "--eval-only", "--output-dir", str(tmp_path), *flags])
+        args = parse_args()
+        return args.kind, args.widths, args.gain, args.steps, args.act, args.colour_of
+
     train("train_resnet", noise(10), tmp_path, *SMALL["train_resnet"], "--kind", "meta")
-    monkeypatch.setattr(sys, "argv", [
-        "train_resnet.py", "--eval-only", "--output-dir", str(tmp_path)])
-    args = importlib.import_module("train_resnet").parse_args()
-    assert (args.kind, args.widths, args.gain) == (torch.device("meta"), [4, 8], 1.0)
+    meta = torch.device("meta")
+    assert used() == (meta, [4, 8], 1.0, [1, 2], "relu", Colour.RED)
+    train("train_resnet", noise(10), tmp_path, *SMALL["train_resnet"], "--overwrite", "--steps",
+          "3,4", "--widths", 5, "--gelu", "--colour-of", "BLUE")
+    with pytest.raises(utils.UserError, match=r"--colour_of .*BLUE.*; give it again"):
+        used()
+    cpu = torch.device("cpu")
+    assert used("--colour-of", "BLUE") == (cpu, [5], 1.0, [3, 4], "gelu", Colour.BLUE)
 
 
 def test_a_flag_that_differs_from_the_model_s_run_is_said(tmp_path, monkeypatch, caplog):
@@ -246,9 +273,9 @@ def test_a_probe_says_that_lr_has_no_effect_by_muon(parse, runtime, caplog):
 
 
 def words_of(model, scheduler, steps: int = 100) -> dict[str, str]:
-    args = Namespace(cutmix=0.0, output_dir="here")
-    sizes = engine.optim.Sizes(1, 0, 32, 32)
-    return engine.describe.plan(args, model, scheduler, sizes, steps, steps, None, set())
+    words, identity = engine.describe.optimization(model, scheduler, steps)
+    assert identity["schedule"].startswith(f"{type(scheduler).__name__}, rates ")
+    return words
 
 
 @pytest.mark.parametrize("make, says, schedule", [
@@ -329,11 +356,15 @@ def test_an_augmentation_always_gets_each_class_s_share(name, cutmix, tmp_path):
     (lambda images, labels: (images, labels.argmax(1)), "labels .5,. of torch.int64"),
     (lambda images, labels: (images, labels.double()), "labels .5, 10. of torch.float64"),
     (lambda images, labels: (images, labels / 0), "with sums of nan"),
+    (lambda images, labels: None, None), (lambda images, labels: images, None),
+    (lambda images, labels: (images, labels, labels), None),
+    (lambda images, labels: (images, labels.numpy()), None),
 ])
 def test_what_an_augmentation_returns_is_checked_in_the_first_step(change, says, tmp_path):
     run = train("train_resnet", noise(10), tmp_path, *SMALL["train_resnet"],
                 augment=lambda images, labels, generator: change(images, labels))
-    assert run.status == 2 and re.search(f"the augmentation returned .*{says}", run.message)
+    says = f"the augmentation returned .*{says}" if says else "must return two tensors, images and"
+    assert run.status == 2 and re.search(says, run.message)
     assert not run.trained and not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -382,9 +413,13 @@ def test_of_equal_logits_the_first_class_counts_everywhere(tmp_path, capsys):
     (lambda p: torch.optim.AdamW(p, 0.1), lambda p: torch.optim.SGD(p, 0.1), "--optimizer SGD"),
     (lambda p: torch.optim.AdamW(p, 0.1), lambda p: torch.optim.Adam(p, 0.1), "--optimizer Adam "),
     (lambda p: torch.optim.AdamW(p, 0.1), lambda p: torch.optim.AdamW(p, 0.2),
-     "cannot go on with another optimizer: it was AdamW of .* peak rate 0.0.*, and is AdamW of"),
+     r"cannot go on with another optimizer or schedule: lr of group 0 [.\d]+ \(was [.\d]+\), "),
     (lambda p: torch.optim.AdamW(p, 0.1), lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0),
-     "decay 0.01, and is AdamW of .* decay 0; choose another"),
+     r"weight_decay of group 0 0 \(was 0.01\); choose another"),
+    (lambda p: torch.optim.AdamW(p, 0.1), lambda p: torch.optim.AdamW(p, 0.1, (0.9, 0.95)),
+     r"betas of group 0 \[0.9, 0.95\] \(was \[0.9, 0.999\]\)"),
+    (lambda p: torch.optim.SGD(p, 0.1), lambda p: torch.optim.SGD(
+        [{"params": p[:2]}, {"params": p[2:]}], 0.1), "weights of group 0 112 .was 162."),
 ])
 def test_a_resume_with_another_optimizer_is_one_line(
         name, first, then, says, tmp_path, monkeypatch):
@@ -398,13 +433,34 @@ def test_a_resume_with_another_optimizer_is_one_line(
 
 def test_a_resume_with_another_schedule_is_one_line(tmp_path, monkeypatch):
     flags = ["train_resnet", noise(15), tmp_path, *SMALL["train_resnet"]]
-    for make, more in ((lr_scheduler.CosineAnnealingLR, ["--max-minutes", 0.001]),
-                       (lr_scheduler.ExponentialLR, ["--resume"])):
-        monkeypatch.setattr(engine.optim, "one_cycle", lambda optimizer, _, make=make: make(
-            optimizer, 0.9))
+    for milestone, more in ((1, ["--max-minutes", 0.001]), (2, ["--resume"])):
+        monkeypatch.setattr(engine.optim, "one_cycle", lambda optimizer, _, at=milestone:
+                            lr_scheduler.MultiStepLR(optimizer, [at]))
         run = train(*flags, *more)
-    assert run.status == 2 and re.search("another schedule: it was CosineAnnealingLR: rate 0.1 in "
-                                         "step 1, .*, and is ExponentialLR: rate", run.message)
+    assert run.status == 2 and re.search(r"or schedule: schedule MultiStepLR, rates \w{8} \(was "
+                                         r"MultiStepLR, rates \w{8}\)", run.message)
+
+
+@pytest.mark.parametrize("make", [
+    lambda optimizer, _: lr_scheduler.ReduceLROnPlateau(optimizer), lambda *_: None])
+def test_a_schedule_that_does_not_go_by_steps_is_one_line(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.optim, "one_cycle", make)
+    run = train("train_resnet", noise(10), tmp_path, *SMALL["train_resnet"])
+    assert run.status == 2 and "the schedule must" in run.message
+
+
+def test_numbers_of_numpy_in_a_state_are_given_back(tmp_path, monkeypatch):
+    """A schedule by numpy's cosine had checkpoints that could not be read."""
+    monkeypatch.setattr(engine.optim, "one_cycle", lambda optimizer, _: lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + np.cos(np.pi * step / 10))))
+    ends = []
+    for part, stops in (("whole", []), ("chain", [["--max-minutes", 0.001]] * 2)):
+        for more in (*stops, []):
+            run = train("train_resnet", noise(15), tmp_path / part, *SMALL["train_resnet"],
+                        "--resume", *more)
+            assert run.status == (utils.STOPPED if more else 0), run.message
+        ends.append(result(tmp_path / part))
+    assert ends[0] == ends[1]
 
 
 def test_weights_of_none_are_one_line():
@@ -511,10 +567,17 @@ class Odd(Counter):
         return {"when": Namespace(now=1)}
 
 
+def test_what_has_no_state_is_one_line(tmp_path, monkeypatch):
+    keeping(monkeypatch, "train_resnet", rows=[])
+    run = train("train_resnet", noise(15), tmp_path, *SMALL["train_resnet"])
+    assert run.status == 2 and "rows must have a state_dict() of" in run.message
+
+
 def test_a_state_that_no_checkpoint_can_give_back_is_one_line(tmp_path, monkeypatch):
     keeping(monkeypatch, "train_resnet", odd=Odd())
     run = train("train_resnet", noise(15), tmp_path, *SMALL["train_resnet"])
-    assert run.status == 2 and "what run.start keeps must have a state of tensors" in run.message
+    assert run.status == 2
+    assert "odd must have a state_dict() of tensors and plain values" in run.message
 
 
 def test_ranks_average_the_statistics_of_a_kept_network_too(start):
@@ -535,7 +598,8 @@ def test_the_model_that_counts_becomes_model_pt(start, tmp_path):
     results["test"] = evaluate(average, [(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())],
                                run.runtime)
     run.end_epoch(results)
-    run.finish(average)
+    wrapped = torch.optim.swa_utils.AveragedModel(average)
+    run.finish(wrapped)
     kept = utils.load_tensors(tmp_path / "model.pt")
     assert all(torch.equal(kept[name], value) for name, value in average.state_dict().items())
     assert not torch.equal(kept["1.weight"], run.model.state_dict()["1.weight"])
@@ -690,6 +754,11 @@ def test_a_resume_with_other_code_keeps_the_code_of_both(tmp_path):
             assert opened.read("train_mine.py").endswith(b"# changed\n") == is_changed
     assert script(mine, *flags[:-1], "--overwrite", before=without_pictures).returncode == 0
     assert f"code-{later}.zip" not in contents(tmp_path / "run")
+    mine = tmp_path / "run" / "code-backup.zip"
+    mine.write_text("mine")
+    assert script(tmp_path / "train_mine", *flags[:-1], "--overwrite",
+                  before=without_pictures).returncode == 0
+    assert mine.read_text() == "mine", "what is the user's own stays"
 
 
 def test_config_json_says_with_what_a_run_was_made(tmp_path):

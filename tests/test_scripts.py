@@ -209,9 +209,12 @@ POSIX = {"os": r"fork|getp?g.*|get[er]*uid|killpg|nice|O_(DIRECTORY|NOFOLLOW|SYN
 def enter_windows() -> None:
     """Let the project's modules see no name that is POSIX's alone, when imported or later."""
     ours = {path.stem for path in ROOT.glob("*.py")}
-    importlib.import_module("engine")  # and all that it needs, which knows Windows itself
-    for name in ours & set(sys.modules):
-        del sys.modules[name]
+    for name in sorted(ours):
+        importlib.import_module(name)  # and all that they need, which knows Windows itself
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours | folders:
+            del sys.modules[name]
     seen = {name: {key: value for key, value in vars(sys.modules[name]).items()
                    if not re.fullmatch(posix, key)} for name, posix in POSIX.items()}
 
