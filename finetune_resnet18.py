@@ -54,7 +54,6 @@ def variant(_epochs: int, optimizer: str) -> dict:
 def parse_args() -> Namespace:
     """Read the command line; the defaults are the recipe."""
     parser = Parser(__doc__, output_dir="output/finetune_resnet18")
-    parser.data_group.add_argument("--weights", metavar="PATH", help="or 'random', for a dry run")
     parser.recipe_group.add_argument("--image-size", type=bounded(int, 32), metavar="PIXELS",
         help="side to which the images are up-sampled; the weights were trained at 224")
     return parser.read(RECIPE, variant)
@@ -66,10 +65,10 @@ def load_data(args: Namespace) -> data.Dataset:
 
 
 def make_model(args: Namespace) -> nn.Module:
-    """Return the network to train, with its first weights, or to use; another one goes here."""
+    """Return the network to train or to use, with its default --weights; another goes here."""
     model = models.resnet18()
-    if args.is_new and args.weights != "random":
-        args.weights = weights.load_pretrained(model, HEAD, args.weights, not args.no_download)
+    if args.is_new and not args.weights:
+        args.weights = weights.find_imagenet(not args.no_download)
     return model
 
 
@@ -109,6 +108,7 @@ def main() -> None:
     model = make_model(args)
     if args.eval_only or args.predict:
         return inference.use(model, args, runtime, load_data, STATS, EVAL_BATCH, args.image_size)
+    weights.load_first(model, args, HEAD)
     dataset = data.hold_out(load_data(args), args.val_size)
     train, evaluated = data.loaders(dataset, args.batch_size, EVAL_BATCH, STATS, runtime,
                                     args.image_size, strength=args.trivial_augment)

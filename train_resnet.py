@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import data
 import models
-from engine import inference, loop, optim, process
+from engine import inference, loop, optim, process, weights
 from engine.flags import Parser, bounded
 from engine.run import Augment, Run
 from engine.runtime import Runtime, choose_runtime
@@ -111,6 +111,7 @@ def main() -> None:
     model = make_model(args)
     if args.eval_only or args.predict:
         return inference.use(model, args, runtime, load_data, STATS, EVAL_BATCH, SIZE)
+    weights.load_first(model, args, head="fc")
     dataset = data.hold_out(load_data(args), args.val_size)
     train, evaluated = data.loaders(dataset, args.batch_size, EVAL_BATCH, STATS, runtime, SIZE,
                                     padding=args.crop_padding, strength=args.trivial_augment)

@@ -102,16 +102,24 @@ def plain(state: Any) -> Any:  # noqa: ANN401
 
 
 def load_tensors(path: Path | str) -> dict:
+    """Read a dict as `read_tensors` does; raises DamagedFile if it is another thing."""
+    content = read_tensors(path)
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def read_tensors(path: Path | str) -> Any:  # noqa: ANN401
     """Read a .pt or .pth file onto the CPU without executing anything that it holds.
 
-    Raises UserError if it cannot be read, and DamagedFile if it is not whole or not a plain dict.
+    Raises UserError if it cannot be read, and DamagedFile if it is not whole or not plain.
     """
     is_whole = False
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             is_whole = _verify_checksums(file)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     # A damaged file can raise anything. An errno is about the disk, except EIO, of a bad sector.
     except Exception as error:
         if is_whole and is_out_of_memory(error):
@@ -122,9 +130,6 @@ def load_tensors(path: Path | str) -> dict:
         if is_whole and isinstance(error, pickle.UnpicklingError):
             reason = "refused, for it holds more than tensors and plain values, and could run code"
         raise DamagedFile(f"{path}: {reason}") from error
-    if not isinstance(content, dict):
-        raise DamagedFile(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
-    return content
 
 
 def _verify_checksums(file: io.BufferedReader) -> bool:

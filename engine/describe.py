@@ -39,17 +39,19 @@ def config(args: Namespace, runtime: Runtime, dataset: Dataset, model: nn.Module
            required: float, optimization: dict[str, Any], plan: dict[str, str]) -> dict:
     """Return the content of config.json; `plan` has lines of the log that no flag shows."""
     # They stand beside the flags; see engine.flags.Parser.read.
-    not_flags = ("recipe", "trained", "is_new", "script", "command", "began")
+    not_flags = ("recipe", "trained", "is_new", "script", "command", "began", "weights_in_words")
     settings = {name: value for name, value in vars(args).items() if name not in not_flags}
     settings = as_json(settings)
     settings["precision"] = runtime.precision
     if optimization["optimizer"] != "Muon":
         settings["optimizer"] = optimization["optimizer"]
     code, lines = runs.describe_code(), header(args, runtime, dataset, model)
+    if "weights_in_words" in args:
+        lines["weights"] = args.weights_in_words
     lines["code"] = runs.name_of_code(code).removeprefix("code ")
     shown = settings | {"dataset": dataset.name}  # the user's own set has no flag
     lines["recipe"] = ", ".join(
-        f"{name.replace('_', ' ')} {shown[name]}" for name in (*args.recipe, "weights")
+        f"{name.replace('_', ' ')} {shown[name]}" for name in args.recipe
         if shown.get(name) is not None and shown[name] is not False)
     weights = Path(settings.get("weights") or "")
     has_file = weights.is_file()

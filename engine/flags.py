@@ -51,6 +51,8 @@ class Parser(argparse.ArgumentParser):
             help="where CIFAR-100 is or goes, or its archive or HDF5 file; else $CIFAR100_DIR")
         add("--data-url", metavar="URL", help="a mirror of the official archive")
         add("--no-download", action="store_true", help="fail rather than download (offline nodes)")
+        add("--weights", metavar="PATH", help="a file of first weights, such as another run's "
+            "model.pt; or 'random'")
         self.recipe_group = self.add_argument_group("recipe", "a resumed run must keep all of it")
         _add_recipe(self.recipe_group.add_argument)
         self.output_group = output = self.add_argument_group("output")

@@ -107,8 +107,10 @@ class Run:
             found = self.runtime.broadcast(found)
             if found:
                 self.state.restore(found, self.runtime)
-                # This start may leave out --weights.
+                # This start may leave out --weights, and has not read them.
                 self.config |= {name: found[name] for name in ("settings", "weights_sha256")}
+                self.config["in_words"] |= {name: words for name, words in
+                                            found["in_words"].items() if name == "weights"}
             if self.runtime.rank == 0:
                 checkpoint.log_start(args.output_dir, found, self.config)
 

@@ -3,10 +3,12 @@
 Nothing of it is executed, nothing is written, and it takes less than 500 MB of memory.
 """
 
+import argparse
 import collections
 import gzip
 import io
 import itertools
+import json
 import os
 import pickle
 import resource
@@ -133,24 +135,33 @@ def test_damaged_data_load_equal_or_are_refused_in_one_line(tmp_path, few, kind,
     assert min(counts["refused"], counts["equal"] + counts["changed"]) > 0, "both were tried"
 
 
+def begin_with(path, model=None) -> None:
+    """Have a layer begin with a file of weights, as a script does its network."""
+    args = argparse.Namespace(is_new=True, weights=str(path))
+    engine.weights.load_first(model or torch.nn.Linear(4, 3), args, head="")
+
+
 @pytest.mark.parametrize("count", marked([100], [400]))
-@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_damaged_weights_load_equal_or_are_refused_in_one_line(tmp_path, kind, count):
-    """The zip format has checksums; in that from before PyTorch 1.6 numbers may change."""
+    """The zip format has checksums; in the other two numbers may change."""
     torch.manual_seed(0)
     model, path = torch.nn.Linear(4, 3), tmp_path / "weights.pth"
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    if kind == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
     original, loaded = path.read_bytes(), []
 
     def check(edits):
         path.write_bytes(edited(original, edits))
         try:
-            engine.weights.load(model, path)
+            begin_with(path, model)
         except utils.UserError as error:
             assert "\n" not in engine.process.explain(error)[0] and str(path) in str(error)
             return
-        assert equal(dict(model.state_dict()), state) or kind == "legacy"
+        assert equal(dict(model.state_dict()), state) or kind != "zip"
         loaded.append(edits)
 
     fuzz(count, KINDS)(check)()
@@ -323,6 +334,38 @@ WEIGHTS = {
     "large storage": lambda: zipped(storage_of(2**31)),
     "negative storage": lambda: zipped(storage_of(-1)),
 }
+
+
+def safetensors(header, numbers: bytes = bytes(8), length: int | None = None) -> bytes:
+    """Return a safetensors file with this header, JSON or not, which announces another length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (length or len(text)).to_bytes(8, "little") + text + numbers
+
+
+def weight(**changes) -> dict:
+    """Return the header of a safetensors file of one weight."""
+    return {"weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
+
+
+SAFETENSORS = {
+    "a long header": lambda: safetensors(weight(), length=2**32 - 1),
+    "a header that ends behind the file": lambda: safetensors(weight(), length=2**21),
+    "a header of spaces": lambda: safetensors(b"{" + b" " * 2**22 + b"}"),
+    "a huge shape": lambda: safetensors(weight(shape=[2**62])),
+    "a shape that overflows": lambda: safetensors(weight(shape=[2**32, 2**32, 2])),
+    "a negative shape": lambda: safetensors(weight(shape=[-2])),
+    "a shape of many ones": lambda: safetensors(weight(shape=[1] * 10**6 + [2])),
+    "numbers behind the end": lambda: safetensors(weight(data_offsets=[2**40, 2**40 + 8])),
+    "numbers that end before they begin": lambda: safetensors(weight(data_offsets=[8, 0])),
+    "numbers of no kind": lambda: safetensors(weight(dtype="X")),
+    "numbers used twice": lambda: safetensors({**weight(), "bias": weight()["weight"]}),
+    "no tensor": lambda: safetensors({"weight": 3}),
+    "nothing": lambda: safetensors({}, b""),
+    "not JSON": lambda: safetensors(b"{" * 99),
+    "lists in each other": lambda: safetensors(b'{"a":' + b"[" * 10**6),
+    "70,000 tensors": lambda: safetensors({str(number): {
+        "dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(70_000)}, b""),
+}
 LARGE_WEIGHTS = {
     "compressed": lambda: zipped(bytes(2**30), zipfile.ZIP_DEFLATED),
     # torch.load takes the first of two.
@@ -388,15 +431,16 @@ def test_large_hostile_pickles_are_refused_as_data(tmp_path, few, name):
     assert_harmless(tmp_path, write_pickle(tmp_path / "python", few, LARGE_PICKLES[name]()))
 
 
-@pytest.mark.parametrize("pack_as", ["zip", "legacy"])
-def test_a_weight_file_that_would_execute_something_is_refused(tmp_path, pack_as):
+@pytest.mark.parametrize("read", [utils.load_tensors, begin_with])
+@pytest.mark.parametrize("pack_as", ["zip", "legacy", "plain"])
+def test_a_weight_file_that_would_execute_something_is_refused(tmp_path, pack_as, read):
     """What torch.load(weights_only=True) reads is all that is read."""
-    reads = []
+    reads, wrap = [], {"zip": zipped, "legacy": legacy, "plain": bytes}[pack_as]
     for number, content in enumerate(PICKLES.values()):
         if b"PWNED" in content:
             path = tmp_path / f"{number}.pth"
-            path.write_bytes(zipped(content) if pack_as == "zip" else legacy(content))
-            reads.append((utils.load_tensors, path))
+            path.write_bytes(wrap(content))
+            reads.append((read, path))
     assert len(reads) > 8
     assert_harmless(tmp_path, *reads)
 
@@ -430,3 +474,15 @@ def test_hostile_archives_are_refused(tmp_path, name):
 def test_hostile_weights_are_refused(tmp_path, name):
     (tmp_path / "weights.pth").write_bytes({**WEIGHTS, **LARGE_WEIGHTS}[name]())
     assert_harmless(tmp_path, (utils.load_tensors, tmp_path / "weights.pth"))
+
+
+def test_hostile_safetensors_are_refused(tmp_path):
+    """All together take less than 500 MB."""
+    pytest.importorskip("safetensors")
+    reads = []
+    for number, make in enumerate(SAFETENSORS.values()):
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(make())
+        reads.append((begin_with, path))
+    for name, line in zip(SAFETENSORS, assert_harmless(tmp_path, *reads), strict=True):
+        assert len(line) < 999, name

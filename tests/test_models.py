@@ -1,17 +1,12 @@
-"""The two networks are those of the assignment, and weights are found and loaded strictly."""
+"""The two networks are those of the assignment."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from helpers import SHARED, needs_weights
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import engine.weights
-import models
 from models import BasicBlock, ResNet
-from utils import UserError
 
 # Figure 1 by hand: weights of the stage's convolutions, output pixels, batch norm channels, output.
 # A convolution does as many multiply-adds per output pixel as it has weights.
@@ -160,90 +155,3 @@ def test_dropout_zeroes_single_outputs_of_conv1_with_its_probability():
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (20, 20), (33, 47)])
 def test_any_image_that_leaves_one_pixel_will_do(size):
     assert ResNet().eval()(torch.zeros(2, 3, *size)).shape == (2, 100)
-
-
-def pretrained(weights, download=True):
-    """Return part 2's network with the weights of a file, as its script makes it."""
-    model = models.resnet18()
-    engine.weights.load_pretrained(model, "fc", weights, download)
-    return model
-
-
-@pytest.fixture(scope="module")
-def imagenet():
-    torch.manual_seed(1)
-    return torchvision.models.resnet18().state_dict()
-
-
-def test_resnet18_loads_a_file_and_gets_a_new_head(tmp_path, imagenet):
-    torch.save(imagenet, tmp_path / "weights.pth")
-    model = pretrained(str(tmp_path / "weights.pth")).eval()
-    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 100)
-    state = model.state_dict()
-    assert all(torch.equal(state[n], imagenet[n]) for n in imagenet if not n.startswith("fc."))
-
-
-def test_resnet18_loads_a_file_from_before_batches_were_counted(tmp_path, imagenet):
-    old = {n: v for n, v in imagenet.items() if not n.endswith("num_batches_tracked")}
-    torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    state = pretrained(str(tmp_path / "old.pth")).state_dict()
-    assert torch.equal(state["layer4.1.conv2.weight"], imagenet["layer4.1.conv2.weight"])
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """torch's cache of weights, empty; the scripts lie in its parent, with nothing beside them."""
-    monkeypatch.setattr(engine.weights, "ROOT", tmp_path)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    return tmp_path / "checkpoints"
-
-
-@pytest.mark.parametrize("folder", [".", ".."])
-@pytest.mark.parametrize("name", engine.weights.RESNET18_FILES)
-def test_resnet18_finds_the_known_files_beside_the_code_or_in_the_cache(
-        cache, imagenet, caplog, name, folder):
-    torch.save(imagenet, cache / folder / name)
-    with caplog.at_level("INFO", "cifar100"):
-        state = pretrained(None, download=False).state_dict()
-    assert torch.equal(state["conv1.weight"], imagenet["conv1.weight"])
-    assert f"{name}: not the official SHA-256" in caplog.text, "random weights under a known name"
-
-
-def test_no_weights_and_no_download_name_the_ways_out(cache):
-    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth.*--weights"):
-        pretrained(None, download=False)
-
-
-def test_a_failed_download_of_weights_names_the_reason_and_the_ways_out(cache, monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(UserError, match=r"failed \(no route to host\).*--weights random"):
-        pretrained(None)
-
-
-@pytest.mark.parametrize("fault, says", [
-    ("missing", "no such file"),
-    ("cut", "not a PyTorch file, or a damaged one .*; get or make it again"),
-    ("resnet34", "weights of another network"),
-    ("part 1", "weights of another network"),
-])
-def test_bad_weights_are_named(tmp_path, imagenet, fault, says):
-    path = tmp_path / "weights.pth"
-    if fault == "cut":
-        torch.save(imagenet, path)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif fault != "missing":
-        other = torchvision.models.resnet34() if fault == "resnet34" else ResNet()
-        torch.save(other.state_dict(), path)
-    with pytest.raises(UserError, match=says) as caught:
-        pretrained(str(path))
-    assert str(path) in str(caught.value)
-
-
-@needs_weights
-def test_the_shared_imagenet_weights_load():
-    path = SHARED / "weights" / "resnet18-imagenet-hybrid.pth"
-    assert pretrained(str(path)).conv1.weight.std() > 0.1  # random weights have 0.03

@@ -17,7 +17,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, contents, result, script, without_pictures
+from helpers import ROOT, contents, result, script, tables, without_pictures
 from PIL import Image
 from test_engine import begin
 from tiny import SCRIPTS, noise, plain, train
@@ -774,6 +774,10 @@ def test_config_json_says_with_what_a_run_was_made(tmp_path):
     assert config["processes"] == 1 and config["processor"]
     digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
     assert config["weights_sha256"] == digest
-    assert digest in (tmp_path / "run" / "report.md").read_text()
     kept = utils.load_tensors(tmp_path / "run" / "checkpoint.pt")
     assert kept["weights_sha256"] == digest, "also after a resume without the file"
+    words = f"{tmp_path / 'weights.pth'} (its head of 100 kept)"
+    *_, recipe, environment = tables((tmp_path / "run" / "report.md").read_text())
+    assert ["weights_sha256", digest] in environment and ["weights", words] in recipe
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count(f"weights    {words}\n") == 2, "also after a resume without it"

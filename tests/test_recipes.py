@@ -1,11 +1,12 @@
 """Each script trains as its command line says: every flag arrives where it matters, by number."""
 
+import copy
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
+from helpers import ROOT, equal
 from PIL import Image
 from tiny import SCRIPTS, Tiny, Watched, noise, plain, train
 from torch import nn
@@ -347,27 +348,44 @@ def test_part_1_makes_the_network_with_the_dropout_of_the_flag(parse):
         assert [layer.p for layer in layers] == [dropout]
 
 
-def test_part_2_begins_with_the_file_of_weights_until_there_is_a_checkpoint(
-        parse, tmp_path, caplog):
-    # Every job passes --resume, the first one, too.
-    weights, output_dir = tmp_path / "weights.pth", tmp_path / "run"
-    file = models.resnet18(1000).state_dict()
-    torch.save(file, weights)
-    output_dir.mkdir()
-    flags = ["--weights", weights, "--output-dir", output_dir]
+@both
+def test_a_run_begins_with_the_file_of_weights_until_there_is_a_checkpoint(
+        name, tmp_path, caplog):
     caplog.set_level("INFO", "cifar100")
-    for resume in ([], ["--resume"]):
-        caplog.clear()
-        script, args = parse(PART_2, *flags, *resume)
-        model = script.make_model(args)
-        assert torch.equal(model.conv1.weight, file["conv1.weight"])
-        assert model.fc.out_features == 100
-        assert caplog.messages == [f"weights    {weights}"]
-    (output_dir / "checkpoint-previous.pt").touch()
-    caplog.clear()
-    script, args = parse(PART_2, *flags, "--resume")
-    assert not torch.equal(script.make_model(args).conv1.weight, file["conv1.weight"])
-    assert caplog.messages == []
+    state = {key: torch.rand(value.shape) for key, value in Tiny(10, None).state_dict().items()}
+    file = tmp_path / "weights.pth"
+    torch.save(state, file)
+    firsts = []  # the weights in the first step of each start
+
+    def start(*flags):
+        seen = []
+        run = train(name, noise(10), tmp_path / "run", *SMALL[name][2], "--batch-size", 5,
+                    "--epochs", 1, "--resume", *flags,
+                    act=lambda run: seen.append(copy.deepcopy(run.model.state_dict())))
+        firsts.extend(seen[:1])
+        return run.status
+
+    # Every job passes --resume, the first one, too.
+    assert start("--weights", file, "--max-minutes", 0.001) == utils.STOPPED
+    file.unlink()
+    assert start("--weights", file) == 0, "the checkpoint has all weights"
+    assert equal(dict(firsts[0]), state) and not equal(dict(firsts[1]), state)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count(f"\nweights    {file} (its head of 10 kept)\n") == 2
+
+
+@both
+def test_a_run_without_weights_begins_with_those_of_the_seed(name, tmp_path, caplog):
+    """Part 2's default weights come from make_model(), in whose place a `Tiny` is made here."""
+    caplog.set_level("INFO", "cifar100")
+    for number, flags in enumerate(([], ["--weights", "random"])):
+        firsts = []
+        run = train(name, noise(10), tmp_path / str(number), *SMALL[name][2], "--epochs", 1, *flags,
+                    act=lambda run, firsts=firsts: firsts.append(
+                        copy.deepcopy(run.model.state_dict())))
+        assert run.status == 0 and equal(dict(run.first_weights), dict(firsts[0]))
+        log = (tmp_path / str(number) / "log.txt").read_text()
+        assert log.count("\nweights    random\n") == number == log.count("\nweights ")
 
 
 def test_part_2_fetches_no_weights_if_downloads_are_forbidden(parse, tmp_path, monkeypatch):
