@@ -193,7 +193,8 @@ def save(directory: Path, checkpoint: dict) -> None:
 def write_results(directory: Path, model: nn.Module, history: list[dict]) -> None:
     """Write model.pt, the report, and metrics.csv, which a kill can leave old; raises OSError."""
     runs.write_metrics(directory, history)
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    # Contiguous, which safetensors and .view() want, unlike the network's own (channels last).
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     utils.save_tensors(directory / "model.pt", weights)
     run_report.write_run_report(directory, history)
     log.info(files_line(directory, (*RUN_FILES, *run_report.RUN_REPORTS)))

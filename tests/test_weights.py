@@ -356,6 +356,20 @@ def test_a_finished_run_is_where_the_next_one_begins(finished, tmp_path, name, f
                for name, value in after.items() if value.ndim == 4)
 
 
+@pytest.mark.parametrize("name", MORE)
+def test_model_pt_is_contiguous_and_other_tools_take_it(finished, tmp_path, name):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state, checkpoint = (torch.load(finished[name] / file, weights_only=True)
+                         for file in ("model.pt", "checkpoint.pt"))
+    assert [key for key, value in state.items() if not value.is_contiguous()] == []
+    assert all(value.view(-1).numel() == value.numel() for value in state.values())
+    assert equal(dict(state), dict(checkpoint["model"])), "the numbers are those that were trained"
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    model = ResNet() if name == "train_resnet" else part_2()
+    assert load(tmp_path / "model.safetensors", model)[1] == "(its head of 100 kept)"
+    assert equal(dict(model.state_dict()), dict(state))
+
+
 @pytest.mark.parametrize("content, says", [
     (lambda s: {"model": s}, "it has model, which is no plain tensor, where this one has no model"),
     (lambda s: renamed(s, "module."), "it has module.conv1.weight (32, 3, 3, 3), where this one"),
