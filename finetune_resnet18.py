@@ -125,8 +125,7 @@ def main() -> None:
         batches = train.shuffled(args.seed, epoch, run.step, sizes.train[epoch], cutmix[epoch])
         results = {"train": loop.train_one_epoch(run, batches, train_step)}
         for split, eval_batches in evaluated.items():
-            batches = run.watch(eval_batches.at(sizes.test[epoch]), split)
-            results[split] = loop.evaluate(model, batches, runtime)
+            results[split] = loop.evaluate(model, run.watch(eval_batches, split), runtime)
         run.end_epoch(results)
     run.finish(model)
 

@@ -4,7 +4,7 @@ import argparse
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from data import Dataset, epoch_seed
+from data import Batches, Dataset, epoch_seed
 from engine import checkpoint, checks, describe
 from engine.checkpoint import Position, State
 from engine.clock import Clock
@@ -157,8 +157,9 @@ class Run:
             self.state.sums[2].add_(len(labels))
         self.state.position.step += 1
 
-    def watch(self, batches: Iterable, name: str) -> Iterator:
-        """Yield the batches of an evaluation under a progress bar; stop or save before each."""
+    def watch(self, batches: Batches, name: str) -> Iterator:
+        """Yield the batches of an evaluation, at the epoch's size; stop or save before each."""
+        batches = batches.at(self.sizes.test[self.epoch])
         with progress(batches, f"epoch {self.epoch + 1} {name}", self.runtime.rank) as bar:
             for batch in bar:
                 self.stop_or_save()
