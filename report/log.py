@@ -83,9 +83,9 @@ def log_words(words: dict[str, str]) -> None:
 
 
 def progress(batches: Iterable | None, text: str, rank: int, done: int = 0,
-             total: int | None = None) -> tqdm:
+             total: int | None = None, unit: str = "batch") -> tqdm:
     """Return `batches` under a progress bar, which only rank 0 shows, and only on a terminal."""
-    return tqdm(batches, text, initial=done, total=total, leave=False, unit="batch",
+    return tqdm(batches, text, initial=done, total=total, leave=False, unit=unit,
                 disable=True if rank else None)  # None: unless there is a terminal
 
 

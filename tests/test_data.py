@@ -1,4 +1,4 @@
-"""CIFAR-100 and pictures are found, told apart, checked and fed to the network as promised."""
+"""CIFAR-100 is found, told apart, checked and fed to the network as promised."""
 
 import functools
 import gzip
@@ -21,13 +21,11 @@ from helpers import (
     write_hdf5,
     write_python,
 )
-from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import cifar100.formats
 import cifar100.unpickle
 import data
-import engine.inference
 from cifar100 import formats
 from cifar100.classes import CLASS_NAMES, SUPERCLASS_OF, SUPERCLASSES
 from utils import UserError
@@ -499,41 +497,3 @@ def test_three_ranks_get_as_many_batches_each_and_every_image_once(runtime, coun
         assert len(got) == len(batches) == -(-count // 30)
         seen += [images[:, 0, 0, 0] * 255 for images, _ in got]
     assert sorted(torch.cat(seen).round().tolist()) == list(range(count))
-
-
-def test_a_picture_is_turned_cut_and_scaled(tmp_path):
-    """A wide red picture with green ends, taken with the camera turned by 90 degrees."""
-    pixels = np.zeros((64, 128, 3), np.uint8)
-    pixels[:, :, 0], pixels[:, :32], pixels[:, 96:] = 200, (0, 99, 0), (0, 99, 0)
-    pixels[:32, 32:96, 2] = 255  # the upper half, blue: the right one when it is turned
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn clockwise
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    images, files = engine.inference.pictures([tmp_path / "turned.png"])
-    red, green, blue = images[0]
-    assert (images.shape, images.dtype) == ((1, 3, 32, 32), torch.uint8)
-    assert files == [tmp_path / "turned.png"]
-    assert int(green[2:-2].max()) == 0 and int(red[2:-2].min()) == 200, "the ends are cut off"
-    assert int(blue[2:-2, :12].max()) == 0 and int(blue[2:-2, 20:].min()) > 240
-
-
-@pytest.mark.parametrize("name", ["grey.png", "grey.pgm", "grey.tiff"])
-def test_a_picture_of_16_bits_is_not_clipped(tmp_path, name):
-    if name == "grey.pgm":
-        (tmp_path / name).write_bytes(b"P5 9 9 65535\n" + np.full(81, 25_700, ">u2").tobytes())
-    else:
-        Image.fromarray(np.full((9, 9), 25_700, np.uint16)).save(tmp_path / name)
-    assert engine.inference.pictures([tmp_path / name])[0].unique().tolist() == [100]
-
-
-@pytest.mark.parametrize("name, words", [
-    ("missing.png", "cannot be read as a picture"), ("notes.txt", "cannot be read as a picture"),
-    ("cut.png", "cannot be read as a picture"), ("folder", "holds no picture"),
-])
-def test_what_is_no_picture_is_named(tmp_path, name, words):
-    Image.effect_noise((32, 32), 50).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-500])
-    (tmp_path / "notes.txt").write_text("no picture")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=f"{tmp_path / name}: {words}"):
-        engine.inference.pictures([tmp_path / "whole.png", tmp_path / name])

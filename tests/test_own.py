@@ -42,6 +42,7 @@ from engine.clock import Clock
 from engine.flags import Parser, bounded
 from engine.loop import evaluate, train_one_epoch
 from engine.optim import frozen_modules
+from engine.pictures import read_pictures
 from train_resnet import train_step
 
 SMALL = {"train_resnet": ["--batch-size", 5, "--epochs", 1, "--precision", "fp32"],
@@ -683,12 +684,12 @@ def test_a_picture_is_read_at_the_side_of_the_images_that_the_model_was_trained_
     rng = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (64, 64, 3), generator=rng).byte()
     Image.fromarray(pixels.numpy()).save(tmp_path / "noise.png")
-    images, _ = engine.inference.pictures([tmp_path / "noise.png"], 64)
+    images, *_ = read_pictures([tmp_path / "noise.png"], 64)
     assert torch.equal(images[0], pixels.permute(2, 0, 1))
     train("finetune_resnet18", of_side(64), tmp_path / "run", *SMALL["finetune_resnet18"])
     sides = []
-    monkeypatch.setattr(engine.inference, "pictures", lambda _, side: sides.append(side) or (
-        images, ["noise.png"]))
+    monkeypatch.setattr(engine.inference, "read_pictures", lambda _, side, rank: sides.append(
+        side) or (images, ["noise.png"], 0, 0))
     train("finetune_resnet18", of_side(64), tmp_path / "run", "--predict", "noise.png")
     assert sides == [64]
 

@@ -170,10 +170,11 @@ def pictures(tmp_path_factory):
 
 
 def test_predict_prints_the_five_likeliest_as_csv(run_dir, pictures):
-    """And nothing beside it, so that it can be piped on."""
+    """And nothing beside it, so that it can be piped on; notes.txt is passed over."""
     process = script("train_resnet", "--predict", pictures, pictures / "0.png", *CPU,
                      "--output-dir", run_dir, "--precision", "fp32")
-    assert (process.returncode, process.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (
+        0, "note       files passed over: 1 of other kinds\n")
     rows = list(csv.DictReader(io.StringIO(process.stdout)))
     assert list(rows[0]) == ["file", "rank", "class", "probability"]
     names = ["0.png", "1.bmp", "2.webp", "3.GIF", "4.jpg", "grey.tiff", "transparent.png", "0.png"]
@@ -211,11 +212,40 @@ def test_a_model_predicts_the_classes_of_its_run(run_dir, use, pictures, tmp_pat
     assert process.stdout == stdout and bool(process.stderr) != has_config, "notes go to stderr"
 
 
-def test_a_picture_that_cannot_be_read_is_one_line_before_any_prediction(run_dir, pictures):
-    process = script("train_resnet", "--predict", pictures / "0.png", pictures / "notes.txt", *CPU,
+def test_a_picture_that_cannot_be_read_does_not_keep_the_others_from_being_predicted(
+        run_dir, pictures, tmp_path):
+    (tmp_path / "in/it").mkdir(parents=True)
+    for name in ("a.jfif", "in/it/B.PNG", "in/notes.txt", "in/it/more.txt"):
+        (tmp_path / name).write_bytes((pictures / "0.png").read_bytes())
+    (tmp_path / "in/bad.jpg").write_text("no picture")
+    flags = [*CPU, "--output-dir", run_dir, "--precision", "fp32", "--predict"]
+    process = script("train_resnet", *flags, tmp_path)
+    warning, last = process.stderr.splitlines()
+    assert warning.startswith(f"warning    {tmp_path / 'in/bad.jpg'}: cannot be read as a picture")
+    assert last == ("train_resnet.py: files passed over: 1 that could not be read, "
+                    "2 of other kinds")
+    alone = script("train_resnet", *flags, tmp_path / "a.jfif", tmp_path / "in/it/B.PNG")
+    assert (process.returncode, alone.returncode, alone.stderr) == (2, 0, "")
+    assert process.stdout == alone.stdout and process.stdout.count("\n") == 11
+
+
+@pytest.mark.parametrize("names", [["notes.txt"], ["notes.txt", "missing.png"]])
+def test_where_no_picture_can_be_read_there_is_one_line(run_dir, pictures, names):
+    process = script("train_resnet", "--predict", *(pictures / name for name in names), *CPU,
                      "--output-dir", run_dir)
     assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
     assert f"{pictures / 'notes.txt'}: cannot be read as a picture" in process.stderr
+    assert ("nor can 1 more" in process.stderr) == (len(names) > 1)
+
+
+def test_two_cut_outs_that_look_the_same_are_predicted_the_same(run_dir, tmp_path):
+    for name, hidden in (("a.png", (0, 255, 0, 0)), ("b.png", (0, 0, 0, 0))):
+        picture = Image.new("RGBA", (32, 32), hidden)
+        picture.paste((220, 30, 30, 255), (8, 8, 24, 24))
+        picture.save(tmp_path / name)
+    process = script("train_resnet", "--predict", tmp_path, *CPU, "--output-dir", run_dir)
+    _, *rows = csv.reader(io.StringIO(process.stdout))
+    assert [row[1:] for row in rows[:5]] == [row[1:] for row in rows[5:]] and len(rows) == 10
 
 
 def write_to(where: str) -> None:
