@@ -21,6 +21,8 @@ from report.write import write_text
 from utils import ELSEWHERE, UserError, guard, log, plain
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint-previous.pt")
+CONTENT = {"script", "settings", "data", "position", "ranks",
+           "model", "optimizer", "scheduler", "scaler"}  # of a checkpoint, beside others
 RUN_FILES = ("config.json", "code.zip", "log.txt", "metrics.csv", *CHECKPOINTS, "model.pt")
 
 
@@ -33,6 +35,11 @@ class Position:
     seconds: float = 0.0  # spent in the current epoch, evaluation included
     train_seconds: float = 0.0  # of its training part; 0 until that is done
     history: list[dict] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no epoch is left to train."""
+        return self.epoch > 0 and self.epoch == self.history[-1]["epochs"]
 
 
 @dataclasses.dataclass
@@ -130,27 +137,54 @@ def open_directory(directory: Path, state: State, config: dict, resume: bool,
 
 
 def load(directory: Path, state: State, config: dict) -> tuple[dict | None, str]:
-    """Return the newest whole checkpoint, and how a newer one is damaged; raises UserError."""
-    newest, previous = (directory / name for name in CHECKPOINTS)
+    """Return the checkpoint to go on from, and how a newer one is damaged; raises UserError."""
+    if not exists(directory):
+        return None, ""
+    path, checkpoint, problem = read(directory)
+    with guard(f"{path}: not a checkpoint", Exception, "; --overwrite starts again"):
+        state.check(path, checkpoint, config)
+    # Else the next save would keep a damaged file as the previous one.
+    os.replace(path, directory / CHECKPOINTS[0])
+    return checkpoint, problem
+
+
+def read(directory: Path) -> tuple[Path, dict, str]:
+    """Return the newest whole checkpoint's file and content, and how a newer one is damaged.
+
+    Another process may be writing checkpoints. Raises UserError if there is none.
+    """
     damaged = []
-    for path in filter(Path.exists, (newest, previous)):
+    for path in (directory / name for name in CHECKPOINTS):
         try:
             checkpoint = utils.load_tensors(path)
-            needed = {"script", "settings", "data", "position", "ranks", *state.trained}
-            if missing := needed - checkpoint.keys():
+            if missing := CONTENT - checkpoint.keys():
                 raise utils.DamagedFile(f"{path}: no checkpoint, it lacks {min(missing)}")
+            return path, checkpoint, "".join(damaged)
         except utils.DamagedFile as error:
             damaged.append(str(error))
-            continue
-        with guard(f"{path}: not a checkpoint", Exception, "; --overwrite starts again"):
-            state.check(path, checkpoint, config)
-        if path == previous:
-            # Else the next save would keep a damaged file as the previous one.
-            os.replace(previous, newest)
-        return checkpoint, "".join(damaged)
-    if damaged:
-        raise UserError(f"{'; '.join(damaged)}; --overwrite starts again")
-    return None, ""
+        except UserError as error:
+            # A save renames the newest one before it puts the next in its place.
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+    raise UserError(f"{'; '.join(damaged) or f'{directory}: holds no checkpoint'}; --overwrite "
+                    "starts again")
+
+
+def unfinished(directory: Path) -> tuple[Path, dict, str] | None:
+    """Return what `read` does, or None if model.pt is of the run's end; raises UserError."""
+    has_model = (directory / "model.pt").exists()
+    try:
+        path, checkpoint, problem = read(directory)
+        with guard(f"{path}: not a checkpoint", Exception):
+            is_last = Position(**checkpoint["position"]).is_last
+    except UserError:
+        if has_model:
+            return None
+        raise
+    # A run that was finished, and resumed from an older checkpoint, has the former model.pt.
+    if has_model and (is_last or path.name != CHECKPOINTS[0]):
+        return None
+    return path, checkpoint, problem
 
 
 def log_start(directory: Path, found: dict | None, config: dict) -> None:
@@ -165,7 +199,7 @@ def log_start(directory: Path, found: dict | None, config: dict) -> None:
         if before != now:
             log.info(f"note       it comes from {before}: the end will not be the same bits")
         note = runs.code_has_changed(found["code"], config["code"])
-        if not note or (position.epoch and position.epoch == position.history[-1]["epochs"]):
+        if not note or position.is_last:
             config["code"] = found["code"]
             return
         log.info(note)
@@ -212,8 +246,9 @@ def check_output_dir(path: Path, resume: bool, overwrite: bool, use_model: bool)
         if path.exists() and not path.is_dir():
             raise UserError(f"--output-dir {path}: is a file, not a directory")
     if use_model:
-        if "model.pt" not in present:
-            raise UserError(f"{path}: holds no model.pt; a run writes it at its end")
+        if not {"model.pt", *CHECKPOINTS} & {*present}:
+            raise UserError(f"{path}: holds no model.pt, which a run writes at its end, and no "
+                            "checkpoint, which it writes before")
         return
     # A finished run whose checkpoint is gone cannot be resumed, and is not replaced unasked.
     is_stuck = resume and "model.pt" in present and not exists(path)

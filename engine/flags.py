@@ -62,9 +62,9 @@ class Parser(argparse.ArgumentParser):
         add("--overwrite", action="store_true", help="replace the run that is in --output-dir")
         add = output.add_mutually_exclusive_group().add_argument
         add("--eval-only", action="store_true",
-            help="only test the model.pt in --output-dir; write test-report.md and its pictures")
+            help="only test the model in --output-dir; write test-report.md and its pictures")
         add("--predict", nargs="+", type=Path, metavar="PICTURE",
-            help="only classify pictures, or folders of them, with that model.pt")
+            help="only classify pictures, or folders of them, with that model")
         add = output.add_argument
         add("--tensorboard", action="store_true", help="write DIR/tensorboard, too")
         add("--debug", action="store_true", help="show the traceback of an error")

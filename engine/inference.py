@@ -1,31 +1,32 @@
-"""Use a finished model: test it, or classify pictures with it."""
+"""Use the model of a run: test it, or classify pictures with it."""
 
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import data
 from cifar100.classes import CLASS_NAMES
-from engine import describe, loop, weights
+from engine import checkpoint, describe, loop, weights
 from engine.checks import check_outputs
 from engine.pictures import count_passed_over, read_pictures
 from engine.runtime import Runtime
 from report import evaluation, runs
 from report.log import log_words, progress
-from utils import log
+from utils import UserError, guard, log
 
 
 def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable,
         stats: data.Stats, batch_size: int, size: int) -> None:
-    """Load a run's model.pt into `model`; classify pictures, or report on the test set.
+    """Load a run's weights into `model`; classify pictures, or report on the test set.
 
     Images are `size` x `size` pixels. `load_data(args)` returns a Dataset. Raises UserError.
     """
     runtime = runtime._replace(compile=False)  # which takes longer than one pass over the images
     model = runtime.place(model)
-    weights.load(model, args.output_dir / "model.pt")
+    unfinished = _load(model, args.output_dir)
     if args.predict:
         side = args.trained.get("image_side", 32)
         images, files, *passed_over = read_pictures(args.predict, side, runtime.rank)
@@ -47,4 +48,25 @@ def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable
         evaluation.print_predictions(logits, args.trained.get("classes", CLASS_NAMES), files)
         count_passed_over(*passed_over)
     else:
-        evaluation.write_test_report(logits, dataset, args.output_dir)
+        evaluation.write_test_report(logits, dataset, args.output_dir, unfinished)
+
+
+def _load(model: nn.Module, directory: Path) -> str:
+    """Load model.pt, or a checkpoint while the run is not finished; return a line on that."""
+    if not (found := checkpoint.unfinished(directory)):
+        weights.load(model, directory / "model.pt")
+        return ""
+    path, content, problem = found
+    with guard(f"{path}: of another network", Exception):
+        if misfit := weights.difference(content["model"], model.state_dict()):
+            raise UserError(f"{path}: of another network: {misfit}")
+        model.load_state_dict(content["model"], strict=False)
+    if problem:
+        log.info(f"warning    {problem}; the checkpoint before it is used")
+    position = checkpoint.Position(**content["position"])
+    steps = f" and {position.step} steps of the next" if position.step else ""
+    line = f"{path}, after epoch {position.epoch}{steps}: the run is not finished"
+    if content.get("keep"):
+        line += f"; the network itself, not what the run keeps ({', '.join(content['keep'])})"
+    log_words({"model": line})
+    return line

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 TEST_REPORTS = ("test-report.md", "confusion.csv", "confusion.png", "mistakes.png")
 
 
-def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
-    """Log the scores of test logits (N, classes), and write TEST_REPORTS; raises UserError."""
+def write_test_report(logits: Tensor, dataset: Dataset, into: Path, note: str = "") -> None:
+    """Log the scores of test logits (N, classes), and write TEST_REPORTS; raises UserError.
+
+    `note` is a line about the model, for the report.
+    """
     names, labels = dataset.class_names, dataset.test.labels
     metrics = score(logits, labels)
     log.info(f"test loss {metrics.loss:.3f} acc {metrics.accuracy:6.2%} top5 {metrics.top5:6.2%}  "
@@ -36,7 +39,7 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path) -> None:
     with guard(f"{into}: the report cannot be written", OSError):
         rows = np.column_stack([names, confusion])
         write_text(into / "confusion.csv", csv_table(("class", *names), rows))
-        text = f"# The test set of {dataset.name}\n\n"
+        text = f"# The test set of {dataset.name}\n\n" + (f"{note}\n\n" if note else "")
         text += _score_tables(metrics, confusion, names, superclasses)
         # The expected calibration error: |accuracy - confidence|, averaged over bins.
         bins = (15 * confidence).ceil().long().clamp(1, 15)

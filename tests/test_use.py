@@ -1,4 +1,4 @@
-"""A finished run, used by the command line: its report, evaluation, predictions, comparison.
+"""A run, used by the command line: its report, evaluation, predictions, comparison.
 
 And its numbers in TensorBoard.
 """
@@ -22,7 +22,7 @@ from fcntl import ioctl
 import pytest
 import torch
 from faults import at_batch, kill
-from helpers import call, compare_runs, script, shows_something, tables
+from helpers import call, compare_runs, contents, script, shows_something, tables
 from PIL import Image
 
 import cifar100.synthetic
@@ -246,6 +246,148 @@ def test_two_cut_outs_that_look_the_same_are_predicted_the_same(run_dir, tmp_pat
     process = script("train_resnet", "--predict", tmp_path, *CPU, "--output-dir", run_dir)
     _, *rows = csv.reader(io.StringIO(process.stdout))
     assert [row[1:] for row in rows[:5]] == [row[1:] for row in rows[5:]] and len(rows) == 10
+
+
+# A run that is not finished
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The output directory of a run that was stopped after its first step."""
+    output_dir = tmp_path_factory.mktemp("stopped") / "run"
+    process = script("train_resnet", *SHORT, "--output-dir", output_dir, "--max-minutes", 0.001,
+                     before=few_images)
+    assert process.returncode == 75
+    assert not {"model.pt", "checkpoint-previous.pt"} & {*os.listdir(output_dir)}
+    return output_dir
+
+
+def write_state(source, target, likeliest: int, epoch: int = 1, **changes) -> None:
+    """Write a finished run's checkpoint, in one of two epochs, whose network has a likely class."""
+    state = torch.load(source / "checkpoint.pt")
+    state["model"]["fc.bias"][likeliest] = 1e4
+    history = [{**state["position"]["history"][0], "epochs": 2}] * epoch
+    state["position"] |= {"epoch": epoch, "history": history}
+    torch.save({**state, **changes}, target)
+
+
+def write_model(directory, likeliest: int) -> None:
+    """Write a model.pt with a likely class."""
+    model = torch.load(directory / "checkpoint.pt")["model"]
+    model["fc.bias"][likeliest] = 1e4
+    torch.save(model, directory / "model.pt")
+
+
+def predicted(use, output_dir, pictures) -> tuple[int, str]:
+    """Return the class that the network of a run finds likeliest, and what the log says of it."""
+    stdout, log = use("train_resnet", "--predict", pictures / "0.png", "--output-dir", output_dir)
+    _, row, *_ = csv.reader(io.StringIO(stdout))
+    lines = [line for line in log.splitlines() if not line.startswith("note ")]
+    return cifar100.synthetic.NAMES.index(row[2]), "\n".join(lines)
+
+
+def test_a_run_that_is_not_finished_is_tested_and_predicts(stopped, pictures, tmp_path):
+    """By its checkpoint, which stays as it is, also while another process has the run."""
+    output_dir = shutil.copytree(stopped, tmp_path / "run")
+    before, lock = contents(output_dir), (output_dir / ".lock").open("a")
+    assert utils.try_lock(lock)
+    process = script("train_resnet", "--predict", pictures / "0.png", *CPU, "--precision", "fp32",
+                     "--output-dir", output_dir)
+    line = (f"model      {output_dir / 'checkpoint.pt'}, after epoch 0 and 1 steps of the next: "
+            "the run is not finished\n")
+    assert (process.returncode, process.stderr) == (0, line)
+    assert contents(output_dir) == before
+    model = models.ResNet().eval()
+    model.load_state_dict(torch.load(output_dir / "checkpoint.pt")["model"])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in data.CIFAR100_STATS)
+    with torch.inference_mode():
+        expected = model((data.synthetic(2, 1).test.images[:1] / 255 - mean) / std).softmax(1)
+    rows = list(csv.DictReader(io.StringIO(process.stdout)))
+    values, labels = expected[0].topk(5)
+    assert [row["class"] for row in rows] == [cifar100.synthetic.NAMES[label] for label in labels]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(values.tolist(), abs=2e-4)
+    tested = script("train_resnet", "--eval-only", *CPU, "--output-dir", output_dir,
+                    before=few_images)
+    assert (tested.returncode, tested.stderr) == (0, "") and tested.stdout.startswith(line)
+    after = contents(output_dir)
+    assert {name: after[name] for name in before} == before
+    assert line.removeprefix("model").strip() in after["test-report.md"].decode()
+    lock.close()
+
+
+def test_the_newest_whole_checkpoint_is_used(run_dir, use, pictures, tmp_path):
+    output_dir = shutil.copytree(run_dir, tmp_path / "run")
+    newest, previous = output_dir / "checkpoint.pt", output_dir / "checkpoint-previous.pt"
+    (output_dir / "model.pt").unlink()
+    write_state(run_dir, previous, 7)
+    write_state(run_dir, newest, 3, epoch=2, keep={"average": {}})
+    likeliest, log = predicted(use, output_dir, pictures)
+    assert likeliest == 3
+    assert log == (f"model      {newest}, after epoch 2: the run is not finished; the network "
+                   "itself, not what the run keeps (average)")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    before = contents(output_dir)
+    likeliest, log = predicted(use, output_dir, pictures)
+    warning, line = log.splitlines()
+    assert likeliest == 7
+    assert line == f"model      {previous}, after epoch 1: the run is not finished"
+    assert re.fullmatch(r"warning .*checkpoint\.pt: .*; the checkpoint before it is used", warning)
+    assert contents(output_dir) == before
+    newest.unlink()  # as between the two renames of a save
+    assert predicted(use, output_dir, pictures)[0] == 7
+    previous.write_text("no checkpoint")
+    with pytest.raises(utils.UserError, match=r"checkpoint-previous\.pt: not a PyTorch file"):
+        predicted(use, output_dir, pictures)
+
+
+def test_a_checkpoint_can_be_renamed_while_it_is_looked_for(
+        run_dir, use, pictures, tmp_path, monkeypatch):
+    output_dir = shutil.copytree(run_dir, tmp_path / "run")
+    (output_dir / "model.pt").unlink()
+    load_tensors = utils.load_tensors
+
+    def load_after_rename(path):
+        if path.name == "checkpoint.pt":
+            path.rename(output_dir / "checkpoint-previous.pt")
+        return load_tensors(path)
+
+    monkeypatch.setattr(utils, "load_tensors", load_after_rename)
+    assert "checkpoint-previous.pt, after epoch 1: " in predicted(use, output_dir, pictures)[1]
+
+
+@pytest.mark.parametrize("checkpoint", ["finished", "older", "damaged", "none"])
+def test_the_model_of_a_finished_run_is_used(run_dir, use, pictures, tmp_path, checkpoint):
+    """Whatever became of its checkpoints."""
+    output_dir = shutil.copytree(run_dir, tmp_path / "run")
+    newest, previous = output_dir / "checkpoint.pt", output_dir / "checkpoint-previous.pt"
+    write_model(output_dir, 5)
+    write_state(run_dir, previous, 7)
+    write_state(run_dir, newest, 3, epoch=2)
+    if checkpoint == "damaged":
+        newest.write_text("no checkpoint")
+    elif checkpoint != "finished":
+        newest.unlink()
+    if checkpoint == "none":
+        previous.unlink()
+    assert predicted(use, output_dir, pictures) == (5, "")
+
+
+def test_a_finished_run_that_goes_on_from_an_older_checkpoint_is_not_finished(
+        run_dir, use, pictures, tmp_path):
+    output_dir = shutil.copytree(run_dir, tmp_path / "run")
+    write_model(output_dir, 5)
+    write_state(run_dir, output_dir / "checkpoint.pt", 3)
+    likeliest, log = predicted(use, output_dir, pictures)
+    assert likeliest == 3 and "checkpoint.pt, after epoch 1: the run is not finished" in log
+
+
+def test_a_checkpoint_of_another_network_is_one_line(run_dir, use, pictures, tmp_path):
+    output_dir = shutil.copytree(run_dir, tmp_path / "run")
+    (output_dir / "model.pt").unlink()
+    write_state(run_dir, output_dir / "checkpoint.pt", 3, model=models.ResNet(10).state_dict())
+    says = r"checkpoint\.pt: of another network: it has fc\.weight \(10, 256\), where this one"
+    with pytest.raises(utils.UserError, match=says):
+        predicted(use, output_dir, pictures)
 
 
 def write_to(where: str) -> None:
