@@ -64,6 +64,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
 
 
+def user_path(text: str) -> Path:
+    """Return the path that a user names; `~` and `~name` at its beginning are home directories."""
+    return Path(os.path.expanduser(text))
+
+
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
     """Write `path` whole or not at all, also in a power cut; keep the old file as `previous`."""
     temporary = path.with_name(f".{path.name}.tmp")

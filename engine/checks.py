@@ -1,6 +1,7 @@
 """Check the user's own network, optimizer, state and augmentation: a misfit is one line."""
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -74,3 +75,38 @@ def check_outputs(model: nn.Module, sizes: set[int], dataset: Dataset, runtime: 
         if logits.ndim != 2 or logits.shape[1] != classes:
             raise UserError(f"the network's outputs are {tuple(logits.shape)}, and must be "
                             f"({len(logits)}, {classes}), for there are {classes} classes")
+
+
+@torch.no_grad()
+def check_single_images(model: nn.Module, still: set[nn.Module], images: int, batch_size: int,
+                        epochs: Iterable[tuple[int, int]], runtime: Runtime) -> None:
+    """Raise UserError if batch norm cannot train on a batch of which a process has one image.
+
+    `still` are modules in evaluation mode, and `images` is how many there are to train on. `epochs`
+    are the steps of each, and its images' side in pixels.
+    """
+    # Of fewer than that one process has a single image; if it had none, it would take a filler.
+    least, last = 2 * runtime.ranks, images % batch_size or batch_size
+    sizes = {size for steps, size in epochs
+             if (last if steps * batch_size >= images else batch_size) < least}
+    if not sizes or images < least:
+        return
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+    for module in still:
+        module.training = False
+    devices = [runtime.device] if runtime.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), runtime.autocast():
+            for size in sizes:
+                model.forward(torch.zeros(1, 3, size, size, device=runtime.device))
+    except ValueError as error:
+        batch = "the last batch of an epoch" if batch_size >= least else "a batch"
+        share = "a process's share of " if runtime.ranks > 1 else ""
+        fitting = [size for size in range(least, images + 1) if (images % size or size) >= least]
+        nearest = min(fitting, key=lambda size: abs(size - batch_size))
+        raise UserError(f"{share}{batch} would hold one image, which batch norm cannot train on; "
+                        f"--batch-size {nearest} would do") from error
+    for buffer, value in before:
+        buffer.copy_(value)
+    model.eval()

@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from engine import checkpoint
 from engine.process import command_line
 from engine.runtime import PRECISIONS
 from report.runs import read_config
-from utils import UserError, guard, log
+from utils import UserError, guard, log, user_path
 
 
 def bounded(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
@@ -47,23 +48,25 @@ class Parser(argparse.ArgumentParser):
             argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
         self.data_group = self.add_argument_group("data")
         add = self.data_group.add_argument
-        add("--data-dir", default=os.environ.get("CIFAR100_DIR", "data"), metavar="PATH",
+        named = os.environ.get("CIFAR100_DIR", "").strip()
+        add("--data-dir", type=expanduser, default=expanduser(named or "data"), metavar="PATH",
             help="where CIFAR-100 is or goes, or its archive or HDF5 file; else $CIFAR100_DIR")
         add("--data-url", metavar="URL", help="a mirror of the official archive")
         add("--no-download", action="store_true", help="fail rather than download (offline nodes)")
-        add("--weights", metavar="PATH", help="a file of first weights, such as another run's "
-            "model.pt; or 'random'")
+        add("--weights", type=expanduser, metavar="PATH",
+            help="a file of first weights, such as another run's model.pt; or 'random'")
         self.recipe_group = self.add_argument_group("recipe", "a resumed run must keep all of it")
         _add_recipe(self.recipe_group.add_argument)
         self.output_group = output = self.add_argument_group("output")
-        output.add_argument("--output-dir", type=Path, default=Path(output_dir), metavar="DIR")
+        output.add_argument("--output-dir", type=user_path, default=user_path(output_dir),
+                            metavar="DIR")
         add = output.add_mutually_exclusive_group().add_argument
         add("--resume", action="store_true", help="go on from the checkpoint, if there is one")
         add("--overwrite", action="store_true", help="replace the run that is in --output-dir")
         add = output.add_mutually_exclusive_group().add_argument
         add("--eval-only", action="store_true",
             help="only test the model in --output-dir; write test-report.md and its pictures")
-        add("--predict", nargs="+", type=Path, metavar="PICTURE",
+        add("--predict", nargs="+", type=user_path, metavar="PICTURE",
             help="only classify pictures, or folders of them, with that model")
         add = output.add_argument
         add("--tensorboard", action="store_true", help="write DIR/tensorboard, too")

@@ -75,6 +75,10 @@ class Run:
         checks.check_groups(model, optimizer.param_groups)
         checks.check_state({"the optimizer": optimizer, "the schedule": scheduler, **self.keep})
         checks.check_outputs(model, sizes.all, self.dataset, runtime)
+        still = self.in_evaluation_mode | frozen_modules(model)
+        steps = map(self.steps_in, range(self.epochs))
+        checks.check_single_images(model, still, len(self.dataset.train.labels), args.batch_size,
+                                   zip(steps, sizes.train, strict=False), runtime)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes, self.augmentation = runtime.scaler(), sizes, augment
         self.network = model  # which several ranks wrap
@@ -85,7 +89,7 @@ class Run:
         sums = torch.zeros(3, device=runtime.device)
         self.state = State(trained, Position(), sums, self._own_statistics(), self.keep)
         plan = describe.plan(args, model, sizes, self.total_steps, self.steps_per_epoch, augment,
-                             self.in_evaluation_mode | frozen_modules(model))
+                             still)
         lines, optimization = describe.optimization(model, scheduler, self.total_steps)
         self.config = describe.config(args, runtime, self.dataset, model, self.required,
                                       optimization, lines | plan)

@@ -13,7 +13,7 @@ from report.curves import draw_curves
 from report.log import files_line
 from report.runs import RunRecord, differences, group_runs, read_run, summary_table
 from report.write import markdown_table, write_picture, write_text
-from utils import UserError, guard, log, one_line
+from utils import UserError, guard, log, one_line, user_path
 
 COMPARISON = ("comparison.md", "comparison.png")
 MEANS_NOTE = "Means over n finished runs, in parentheses the sample standard deviation (n - 1):"
@@ -83,8 +83,8 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list
 def main() -> None:
     """Read the command line and compare; bad input is one line on stderr and status 2."""
     parser = argparse.ArgumentParser("python -m report.compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directories")
-    parser.add_argument("--output-dir", type=Path, default="output", metavar="DIR",
+    parser.add_argument("runs", nargs="+", type=user_path, metavar="RUN", help="output directories")
+    parser.add_argument("--output-dir", type=user_path, default="output", metavar="DIR",
                         help="where comparison.md and comparison.png go (default: output)")
     args = parser.parse_args()
     logging.raiseExceptions = False  # stdout may be full or closed

@@ -209,6 +209,22 @@ def test_a_module_is_frozen_if_all_weights_inside_are():
     assert frozen_modules(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))) == set()
 
 
+@pytest.mark.parametrize("how", ["trained", "frozen", "still"])
+def test_a_batch_norm_that_stays_as_it_is_takes_one_image(start, how):
+    """The last of 30, in batches of 29."""
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), norm, nn.Flatten(), nn.Linear(4, 100))
+    if how == "frozen":
+        norm.requires_grad_(False)
+    elif how == "still":
+        norm.eval()
+    if how == "trained":
+        with pytest.raises(utils.UserError, match=r"one image.*; --batch-size 28 would do"):
+            start(model, "--batch-size", 29)
+    else:
+        start(model, "--batch-size", 29)
+
+
 def test_a_network_that_is_frozen_as_a_whole_is_one_line(start):
     with pytest.raises(utils.UserError, match="all weights of the network are frozen"):
         start(nn.Sequential(nn.Flatten(), nn.Linear(192, 100)).requires_grad_(False))

@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import functools
 import importlib
 import json
 import os
@@ -10,10 +11,20 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, contents, result, script, without_pictures, write_binary
+from helpers import (
+    ROOT,
+    call,
+    compare_runs,
+    contents,
+    result,
+    script,
+    without_pictures,
+    write_binary,
+)
 
 import engine.checkpoint
 import engine.optim
@@ -313,12 +324,81 @@ def test_bad_weights_are_one_line(tmp_path):
     assert "weights.pth: not a PyTorch file" in process.stderr
 
 
-def test_a_last_batch_of_one_image_is_one_line(small, tmp_path):
-    """Where the last maps are of one pixel, batch norm has nothing to average over."""
-    process = script("finetune_resnet18", *small["finetune_resnet18"], "--batch-size", 31,
+@pytest.mark.parametrize("flags", [[], ["--image-size", 64, "--epochs", 2]])
+def test_a_last_batch_of_one_image_is_one_line_before_the_first_step(small, tmp_path, flags):
+    """Where the last maps are of one pixel, batch norm has nothing to average over.
+
+    Of 64 x 64 pixels that is so in the first epoch, whose images are smaller.
+    """
+    process = script("finetune_resnet18", *small["finetune_resnet18"], "--batch-size", 31, *flags,
                      "--output-dir", tmp_path)
-    assert (process.returncode, process.stderr.count("\n")) == (2, 1), process.stderr
-    assert "batch norm cannot train on one image: try another --batch-size" in process.stderr
+    assert (process.returncode, process.stderr) == (2, (
+        "finetune_resnet18.py: the last batch of an epoch would hold one image, which batch norm "
+        "cannot train on; --batch-size 30 would do\n"))
+    assert not contents(tmp_path), "nothing is begun"
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("train_resnet", []), ("finetune_resnet18", ["--image-size", 64, "--low-res", 0]),
+    ("finetune_resnet18", ["--max-steps", 1])])
+def test_a_batch_of_one_image_that_does_no_harm_is_trained_on(small, tmp_path, name, flags):
+    """Where its maps are larger than a pixel, or the run ends before it."""
+    process = script(name, *small[name], "--batch-size", 31, "--epochs", 1, *flags,
+                     "--output-dir", tmp_path / "run", before=without_pictures)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def live_elsewhere(home) -> None:
+    """Have a home directory, and a set of images that is named by it."""
+    os.environ |= {"HOME": str(home), "CIFAR100_DIR": "~/cifar"}
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(small, data_dir, tmp_path):
+    """No shell expands it in --flag=~/path, in quotes or in a job file."""
+    (tmp_path / "cifar").symlink_to(data_dir)
+    begin = functools.partial(live_elsewhere, tmp_path)
+    flags = ["--device", "cpu", "--batch-size", 8, "--max-steps", 1, "--output-dir=~/run"]
+    process = script("train_resnet", *flags, cwd=tmp_path, before=begin)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert re.search(f"^data .*, {tmp_path / 'cifar'}", process.stdout, re.MULTILINE)
+    assert f"output     {tmp_path / 'run'}\n" in process.stdout
+    settings = json.loads((tmp_path / "run/config.json").read_text())["settings"]
+    assert settings["output_dir"] == str(tmp_path / "run")
+    assert settings["data_dir"] == str(tmp_path / "cifar")
+    compared = call(compare_runs, "~/run", "--output-dir=~/compared", cwd=tmp_path, before=begin)
+    assert f" in {tmp_path / 'compared'}\n" in compared.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"cifar", "run", "compared"}
+
+
+def test_every_flag_that_names_a_path_expands_a_tilde(parse, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CIFAR100_DIR", raising=False)
+    _, args = parse("finetune_resnet18", "--overwrite", "--data-dir=~/data", "--weights", "~/w.pth",
+                    "--output-dir=~")
+    assert (args.data_dir, args.weights, args.output_dir) == (
+        str(tmp_path / "data"), str(tmp_path / "w.pth"), tmp_path)
+    (tmp_path / "model.pt").touch()
+    (tmp_path / "~kept.png").touch()
+    root = Path(os.path.expanduser("~root"))
+    assert root.is_absolute()
+    _, args = parse("train_resnet", "--output-dir=~", "--predict", "~/a.png", "~root/b.png",
+                    "~kept.png", "./~", "c~")
+    assert args.predict == [tmp_path / "a.png", root / "b.png",
+                            *map(Path, ("~kept.png", "~", "c~"))]
+
+
+@pytest.mark.parametrize("named, data_dir", [
+    ("", "data"), (" \t", "data"), ("~/c", "HOME/c"), ("/c d", "/c d"), (None, "data")])
+def test_the_data_are_where_the_environment_says_unless_it_is_blank(
+        parse, tmp_path, monkeypatch, named, data_dir):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CIFAR100_DIR", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CIFAR100_DIR", named)
+    for flags in ([], ["--data-dir=given"]):
+        _, args = parse("train_resnet", "--overwrite", *flags)
+        expected = data_dir.replace("HOME", str(tmp_path))
+        assert args.data_dir == ("given" if flags else expected)
 
 
 @both
