@@ -1,6 +1,7 @@
 """Check the user's own network, optimizer, state and augmentation: a misfit is one line."""
 
 import io
+import pickle
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,7 +27,8 @@ def check_groups(model: nn.Module, groups: list[dict]) -> None:
 def check_state(parts: dict[str, Any]) -> None:
     """Raise UserError unless a checkpoint can hold the states of these, and give them back."""
     for name, part in parts.items():
-        with guard(f"{name} must have a state_dict() of tensors and plain values", Exception):
+        with guard(f"{name} must have a state_dict() of tensors and plain values",
+                   (pickle.PickleError, AttributeError, TypeError, ValueError, LookupError)):
             file = io.BytesIO()
             torch.save(plain(part.state_dict()), file)
             file.seek(0)

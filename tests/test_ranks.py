@@ -280,7 +280,8 @@ def start_run(runtime: Runtime, path: Path, steps: int) -> Run:
     run = Run(args, runtime, dataset, 60, steps)
     model = models.ResNet()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    run.start(model, optimizer, engine.optim.one_cycle(optimizer, steps), [8])
+    run.start(model, optimizer, engine.optim.one_cycle(optimizer, steps),
+              engine.optim.Sizes(1, 0, 8, 8))
     return run
 
 

@@ -1,6 +1,7 @@
 """No run is ever lost: killed, stopped, starved of disk or handed rubbish, it ends the same."""
 
 import functools
+import io
 import math
 import os
 import random
@@ -381,7 +382,11 @@ GPU_FAULT = "CUDA error: unspecified launch failure"
 
 def fail(where: str, message: str) -> None:
     """Have what reads a checkpoint, or what takes its weights, raise as torch does."""
-    def raise_error(*_, **__):
+    load = torch.load
+
+    def raise_error(file=None, *rest, **keywords):
+        if isinstance(file, io.BytesIO):  # a run tries its own state before it begins
+            return load(file, *rest, **keywords)
         raise (torch.AcceleratorError if "CUDA" in message else RuntimeError)(message)
 
     if where == "reading":
