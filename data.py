@@ -70,7 +70,8 @@ def load(name: str, data_dir: str | Path, url: str | None = None, download: bool
         return synthetic()
     data_dir = Path(data_dir)
     with guard(f"{data_dir}: cannot be read", (OSError, MemoryError, ValueError, TypeError)):
-        arrays, names, source = read(find(data_dir) or fetch(url or URL, data_dir, download))
+        found, others = find(data_dir)
+        arrays, names, source = found or read(fetch(url or URL, data_dir, download, others))
         train, test = (Split(*map(torch.tensor, arrays[split])) for split in ("train", "test"))
     dataset = Dataset("cifar100", train, test, names, source)
     check(dataset)

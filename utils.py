@@ -42,15 +42,15 @@ class DamagedFile(UserError):
 
 @contextlib.contextmanager
 def guard(what: str, errors: type[Exception] | tuple, advice: str = "",
-          status: int = USER_ERROR) -> Iterator[None]:
-    """Raise UserError, with "what (error)" and the advice, in place of these errors."""
+          status: int = USER_ERROR, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Raise a UserError, with "what (error)" and the advice, in place of these errors."""
     try:
         yield
     except UserError:
         raise
     except errors as error:
         reason = one_line(error)[:300] or type(error).__name__  # a MemoryError has no text
-        raise UserError(f"{what} ({reason}){advice}", status) from error
+        raise kind(f"{what} ({reason}){advice}", status) from error
 
 
 def one_line(text: object) -> str:

@@ -9,41 +9,55 @@ from pathlib import Path
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-from cifar100.formats import OFFICIAL_MD5, find
+from cifar100.formats import OFFICIAL_MD5
 from utils import guard, log, try_lock
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-WAYS_OUT = (". Three ways out: put cifar-100-python.tar.gz (or the binary version or an HDF5 file) "
+WAYS_OUT = (". Three ways out: put cifar-100-python.tar.gz (or another format of the README) "
             "there; name a mirror with --data-url; or try made-up images with --dataset synthetic")
 RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as long each time
 
 
-def fetch(url: str, data_dir: Path, allowed: bool) -> Path:
-    """Download an official archive, or wait for a process that does; raises UserError."""
+def fetch(url: str, data_dir: Path, allowed: bool, others: list[str]) -> Path:
+    """Download an official archive, or wait for a process that does; raises UserError.
+
+    `others` are lines about what lies in `data_dir`: they are logged first, and part of the error.
+    """
     note = "" if data_dir.exists() else ", which did not exist"
     partial = data_dir / "cifar-100.tar.gz.part"
-    names = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
-    with guard(f"CIFAR-100 is not in {data_dir}, and was not downloaded from {url}",
-               (OSError, ValueError, http.client.HTTPException), WAYS_OUT):
+    official = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
+    with guard(f"{data_dir}: CIFAR-100 is not there, and was not downloaded from {url}",
+               (OSError, ValueError, http.client.HTTPException),
+               "".join(f". {line}" for line in others[:5]) + WAYS_OUT):
         if not allowed:
             raise OSError("--no-download forbids it")
+        for line in others[:5]:
+            log.info(f"note       {line}")
         data_dir.mkdir(parents=True, exist_ok=True)
         with open(data_dir / ".cifar-100.lock", "w") as lock:
             if not try_lock(lock):
                 log.info(f"download   waiting for another process, which holds {lock.name}")
                 while not try_lock(lock):
                     time.sleep(0.1)
-            if found := find(data_dir):
-                return found
+            for archive in data_dir.glob("*cifar-100-*.tar.gz"):
+                if calculate_md5(archive) in official:
+                    return archive
             log.info(f"download   {url} to {data_dir.resolve()}{note}")
             # What is there may be a part of another file: then start afresh, once.
             for _ in range(2 if partial.exists() else 1):
                 _complete(partial, url)
                 md5 = calculate_md5(partial)
-                if md5 in names:
-                    return partial.replace(data_dir / names[md5])
+                if md5 in official:
+                    return _keep(partial, data_dir / official[md5])
                 partial.unlink()
             raise OSError(f"its md5 sum, {md5}, is not official")
+
+
+def _keep(partial: Path, path: Path) -> Path:
+    """Rename a whole download to `path`, or to another name if something else is there."""
+    while path.exists():
+        path = path.with_name(f"official-{path.name}")
+    return partial.replace(path)
 
 
 def _complete(partial: Path, url: str) -> None:

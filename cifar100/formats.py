@@ -1,23 +1,30 @@
 """Find CIFAR-100's files, tell their format, and read them into NumPy arrays."""
 
-import gzip
-import io
+import hashlib
 import math
-import operator
-import tarfile
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torchvision.datasets.utils import calculate_md5
 
 from cifar100.classes import CLASS_NAMES, CLASSES, FULL_SIZE
+from cifar100.files import (
+    BINARY_FILES,
+    CIFAR_10_FILES,
+    PYTHON_FILES,
+    describe,
+    listed,
+    read_archive,
+    read_folder,
+    version_of,
+)
+from cifar100.parquet import parts, read_parquet
 from cifar100.unpickle import SIZE_LIMIT, unpickle
-from utils import UserError, guard, log
+from utils import DamagedFile, UserError, guard, log
 
-PYTHON_FILES = ("train", "test", "meta")
-BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")
-HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
+ARCHIVE_SUFFIXES, HDF5_SUFFIXES = (".tar", ".tgz", ".gz", ".zip"), (".h5", ".hdf5", ".hdf")
 # md5 sums of the official files, https://www.cs.toronto.edu/~kriz/cifar.html and torchvision.
 OFFICIAL_MD5 = {
     "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
@@ -28,40 +35,81 @@ OFFICIAL_MD5 = {
 }
 # Images and labels, int64 (N,), by split. The images have any form until `data.check` sees them.
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]
+Found = tuple[Arrays, tuple[str, ...], str]  # with the class names, and where all that is from
 
 
-def find(data_dir: Path) -> Path | None:
-    """Return the directory, archive or HDF5 file that holds CIFAR-100 in `data_dir`, or None."""
+def find(data_dir: Path) -> tuple[Found | None, list[str]]:
+    """Read the first whole CIFAR-100 in `data_dir`; return it, and a line on all that is not one.
+
+    Raises UserError if `data_dir` is a file without it, or if files of CIFAR-100 hold mistakes.
+    """
+    others = []
+    for path in _candidates(data_dir):
+        try:
+            found = read(path)
+        except DamagedFile as error:
+            if data_dir.is_file():
+                raise
+            if (line := str(error)) not in others:
+                others.append(line)
+            continue
+        for line in others:
+            log.info(f"note       passed over {line}")
+        return found, others
+    if not others and (names := _visible(data_dir)):
+        others.append(f"{data_dir}: holds {listed(names)}, none of it CIFAR-100")
+    return None, others
+
+
+def _candidates(data_dir: Path) -> Iterator[Path]:
+    """Yield the folders and files that may hold CIFAR-100, the likeliest first."""
+    def folders(names: tuple[str, ...], *places: str) -> list[Path]:
+        holding = {path.parents[name.count("/")] for place in places for name in names
+                   for path in data_dir.glob(place + name) if path.is_file()}
+        return sorted(holding, key=lambda folder: (
+            len(folder.parts), not folder.name.startswith("cifar-100"), folder))
+
+    suffix = data_dir.suffix.lower()
     if data_dir.is_file():
-        return data_dir
-    if data_dir.suffix in (".gz", ".tgz", ".tar", *HDF5_SUFFIXES) and not data_dir.exists():
+        is_part = (data_dir.name in PYTHON_FILES + BINARY_FILES or suffix in (".parquet", ".mat")
+                   or data_dir.name.startswith(CIFAR_10_FILES))
+        yield data_dir.parent if is_part else data_dir
+        return
+    if suffix in (*ARCHIVE_SUFFIXES, *HDF5_SUFFIXES, ".parquet") and not data_dir.exists():
         raise UserError(f"--data-dir {data_dir}: no such file")
-    for path in (data_dir, data_dir / "cifar-100-python", data_dir / "cifar-100-binary"):
-        if any((path / name).is_file() for name in ("train", "train.bin")):
-            return path
-    # In reverse, for the python version before the binary one.
-    files = sorted(data_dir.glob("cifar-100-*.tar.gz"), reverse=True)
-    files += sorted(file for file in data_dir.glob("*") if file.suffix in HDF5_SUFFIXES)
-    return files[0] if files else None
+    yield from folders(PYTHON_FILES, "", "*/")
+    yield from folders(BINARY_FILES, "", "*/")
+    files = [path for name in _visible(data_dir) if (path := data_dir / name).is_file()]
+    files.sort(key=lambda path: ("binary" in path.name, "cifar-100" not in path.name, path))
+    yield from (path for path in files if path.suffix.lower() in ARCHIVE_SUFFIXES)
+    yield from folders(("train*.parquet", "test*.parquet", "train/*.parquet", "test/*.parquet"),
+                       "", "*/", "*/*/", "snapshots/*/*/")
+    yield from (path for path in files if path.suffix.lower() in HDF5_SUFFIXES)
+    yield from folders(PYTHON_FILES + BINARY_FILES, "*/*/")
+    # What is no CIFAR-100, or is so by its name alone.
+    yield from folders(("data_batch_1*", "train.mat"), "", "*/")
+    yield from (path for path in files if "cifar" in path.name.lower()
+                and path.suffix.lower() not in ARCHIVE_SUFFIXES + HDF5_SUFFIXES)
 
 
-def read(path: Path) -> tuple[Arrays, tuple[str, ...], str]:
-    """Return the arrays, class names and source of a file or directory; raises UserError."""
+def _visible(folder: Path) -> list[str]:
+    """Return the names in a folder, if it is one, but for hidden ones and a part of a download."""
+    return sorted(path.name for path in folder.glob("*")
+                  if not path.name.startswith(".") and path.suffix != ".part")
+
+
+def read(path: Path) -> Found:
+    """Return what a file or folder holds.
+
+    Raises DamagedFile if that is something else or not whole, and UserError if it holds mistakes.
+    """
     if path.is_file() and np.fromfile(path, np.uint8, 4).tobytes() == b"\x89HDF":
         version, arrays, names = "HDF5", _parse_hdf5(path), CLASS_NAMES
+    elif (any(parts(path, split) for split in FULL_SIZE)
+          and not any((path / name).is_file() for name in ("train", "train.bin"))):
+        version, arrays, names = "Parquet", read_parquet(path), CLASS_NAMES
     else:
-        members = _read_directory(path) if path.is_dir() else _read_archive(path)
-        version, files, parse = "binary", BINARY_FILES, _parse_binary
-        if "train" in members:
-            version, files, parse = "python", PYTHON_FILES, _parse_python
-        if missing := [file for file in files if file not in members]:
-            raise UserError(f"{path}: not a whole CIFAR-100, it lacks {', '.join(missing)}")
-        # Unpacked binary files have no known sums.
-        known = [path / file for file in files if file in OFFICIAL_MD5]
-        sums = {calculate_md5(file) for file in (known if path.is_dir() else [path])}
-        if not sums <= set(OFFICIAL_MD5.values()):
-            log.info(f"note       {path}: not the official md5 sum; its content is checked instead")
-        arrays, names = parse(members, path)
+        version, arrays, names = _read_version(path)
     if [type(name) for name in names] != [str] * CLASSES:
         raise UserError(f"{path}: does not hold {CLASSES} class names")
     for split, (_, labels) in arrays.items():
@@ -69,53 +117,70 @@ def read(path: Path) -> tuple[Arrays, tuple[str, ...], str]:
         fewest = per_class.min() if len(per_class) == CLASSES else 0
         if len(labels) != FULL_SIZE[split]:
             log.info(f"note       {has} {len(labels):,} images instead of {FULL_SIZE[split]:,}")
+        elif not fewest:  # noise leaves no class empty, but the labels of superclasses do
+            raise UserError(f"{has} 0 to {per_class.max()} images a class")
         elif fewest != per_class.max():
-            raise UserError(f"{has} {fewest} to {per_class.max()} images a class")
+            log.info(f"note       {has} {fewest} to {per_class.max()} images a class")
     return arrays, tuple(names), f"{path} ({version} version)"
 
 
-def _read_directory(path: Path) -> dict[str, bytes]:
-    files = [file for name in PYTHON_FILES + BINARY_FILES if (file := path / name).is_file()]
-    if max(file.stat().st_size for file in files) > SIZE_LIMIT:
-        raise UserError(f"{path}: holds files larger than any of CIFAR-100")
-    return {file.name: file.read_bytes() for file in files}
-
-
-def _read_archive(path: Path) -> dict[str, bytes]:
-    """Return the files of a .tar.gz or .tar by base name; none is written to the disk."""
-    members = {}
-    with guard(f"{path}: not an HDF5 file, and not a whole tar archive", Exception,
-               "; if it was copied or downloaded by hand, do that again"):
-        with open(path, "rb") as file:
-            is_packed = file.peek(2).startswith(b"\x1f\x8b")  # by gzip, which has a checksum
-            content = (gzip.GzipFile(fileobj=file) if is_packed else file).read(SIZE_LIMIT + 1)
-        if len(content) > SIZE_LIMIT:
-            raise UserError(f"{path}: unpacks to more than all of CIFAR-100")
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-            for member in filter(tarfile.TarInfo.isfile, archive):
-                name = PurePosixPath(member.name).name
-                if name in PYTHON_FILES + BINARY_FILES and not member.issparse():
-                    members[name] = archive.extractfile(member).read()
-    return members
+def _read_version(path: Path) -> tuple[str, Arrays, list]:
+    """Read the python or the binary version; return which it was, the arrays and class names."""
+    members = read_folder(path) if path.is_dir() else read_archive(path)
+    version = version_of(path, members)
+    arrays, names = (_parse_python if version == "python" else _parse_binary)(members, path)
+    # Unpacked binary files have no known sums.
+    sums = {hashlib.md5(content, usedforsecurity=False).hexdigest()
+            for name, content in members.items() if name in OFFICIAL_MD5}
+    if version == "binary" and path.is_file():
+        sums = {calculate_md5(path)}
+    if not sums <= set(OFFICIAL_MD5.values()):
+        log.info(f"note       {path}: not the official md5 sum; its content is checked instead")
+    return version, arrays, names
 
 
 def _parse_python(members: dict[str, bytes], path: Path) -> tuple[Arrays, list]:
     arrays, names = {}, []
-    for name in PYTHON_FILES:
+    for name, content in members.items():
+        what = f"{path}: {name} is not a pickle of CIFAR-100"
+        if not content.endswith(b"."):  # with which every pickle ends
+            is_part = content.startswith(b"\x80")
+            raise DamagedFile(f"{what}, but {'a part of one' if is_part else describe(content)}")
         # A damaged pickle can raise anything.
-        with guard(f"{path}: {name} is not a pickle of CIFAR-100", Exception):
-            content = unpickle(members[name])
+        with guard(what, Exception):
+            pickled = unpickle(content)
+            wanted = ("fine_label_names",) if name == "meta" else ("data", "fine_labels")
+            if not set(wanted) <= set(pickled):
+                raise TypeError(f"it holds {listed(map(str, pickled))}, not {', '.join(wanted)}")
             if name == "meta":
-                names = content["fine_label_names"]
-                if not isinstance(names, list):
+                names = pickled["fine_label_names"]
+                if not isinstance(names, (list, tuple)):
                     raise TypeError("the names are no list")
-                continue
-            images, labels = content["data"].view(np.ndarray), content["fine_labels"]
-            if not isinstance(labels, list) or len(labels) > FULL_SIZE[name]:
-                raise TypeError("the labels are no list, or too many")
-            arrays[name] = (images.reshape(len(images), 3, 32, 32) if images.ndim == 2 else images,
-                            np.fromiter(map(operator.index, labels), np.int64))
+                names = [name.decode() if isinstance(name, bytes) else name for name in names]
+            else:
+                labels = _labels(pickled["fine_labels"], FULL_SIZE[name])
+                arrays[name] = _images(pickled["data"]), labels
     return arrays, names
+
+
+def _images(values: Any) -> np.ndarray:  # noqa: ANN401
+    """Return a uint8 array as (N, 3, 32, 32), if it is (N, 3072) or (N, 32, 32, 3)."""
+    if not isinstance(values, np.ndarray) or values.dtype != np.uint8:
+        kind = getattr(values, "dtype", "other values")
+        raise TypeError(f"refused, for it holds an array of {kind}, not of uint8")
+    if values.shape[1:] == (32, 32, 3):
+        return values.transpose(0, 3, 1, 2)
+    return values.reshape(len(values), 3, 32, 32) if values.ndim == 2 else values
+
+
+def _labels(values: Any, most: int) -> np.ndarray:  # noqa: ANN401
+    """Return a list, tuple or array of at most so many whole numbers as int64 (N,)."""
+    values = values.reshape(-1) if isinstance(values, np.ndarray) else values
+    if not isinstance(values, (np.ndarray, list, tuple)) or len(values) > most:
+        raise TypeError("the labels are no list, or too many")
+    if not all(isinstance(value, (int, np.integer)) for value in values):
+        raise TypeError("the labels are not whole numbers")
+    return np.fromiter(values, np.int64)
 
 
 def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[Arrays, list]:
@@ -124,7 +189,7 @@ def _parse_binary(members: dict[str, bytes], path: Path) -> tuple[Arrays, list]:
     for name in ("train", "test"):
         content = np.frombuffer(members[f"{name}.bin"], np.uint8)
         if content.size % record:
-            raise UserError(f"{path}: {name}.bin is not a whole number of {record}-byte records")
+            raise DamagedFile(f"{path}: {name}.bin is not a whole number of {record}-byte records")
         rows = content.reshape(-1, record)
         arrays[name] = rows[:, 2:].reshape(-1, 3, 32, 32), rows[:, 1].astype(np.int64)
     # The official names have 900 bytes.

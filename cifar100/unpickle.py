@@ -7,55 +7,105 @@ from pickle import Unpickler, UnpicklingError
 
 import numpy as np
 
-SIZE_LIMIT = 256 * 2**20  # bytes, of a file and of all that it unpacks to; the official has 186 MB
-MOST_OPCODES = 1_000_000  # in a pickle; the official training set has 0.4 million
-MOST_TUPLES = 10_000  # in a pickle
+# Bytes of a file and of all that it unpacks to. The official files have 186 MB, or 276 if Python 3
+# wrote them by protocol 2.
+SIZE_LIMIT = 288 * 2**20
+# In a pickle. The official training set has 0.4 million, or 2 with NumPy's numbers in protocol 2.
+MOST_OPCODES = 2_200_000
+MOST_TUPLES = 10_000  # in a pickle, but for those that are only arguments of a call
+INTEGERS = tuple(kind + size for kind in "ui" for size in "1248")
 
 
 def unpickle(content: bytes) -> dict:
-    """Return a pickled dict of Uint8Arrays and plain containers; if damaged, raises anything."""
-    # Unpicklers believe what they read: each byte can cost them an empty list, a memo index of 2^31
-    # costs 32 GB, and the hash of tuples nested a million deep overflows the stack. So read through
-    # the pickle before anything is built from it.
-    tuples = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if "TUPLE" in opcode.name:
-            tuples += 1
-        memo_index = int(argument) if "PUT" in opcode.name else 0
-        if tuples > MOST_TUPLES or max(count, memo_index) > MOST_OPCODES:
-            raise UnpicklingError("refused, for it is too large or too deeply nested")
+    """Return a pickled dict of integer arrays and plain containers; if damaged, raises anything."""
+    _read_through(content)
     # Byte strings of Python 2 are read as latin-1. Keys can be bytes of Python 3.
-    loaded = _Uint8Unpickler(io.BytesIO(content), encoding="latin1").load()
-    return {k.decode() if isinstance(k, bytes) else k: value for k, value in loaded.items()}
+    loaded = _IntegerUnpickler(io.BytesIO(content), encoding="latin1").load()
+    if not isinstance(loaded, dict):
+        raise UnpicklingError("it holds no dict")
+    return {key.decode() if isinstance(key, bytes) else key:
+            value.values if isinstance(value, PickledArray) else value
+            for key, value in loaded.items()}
 
 
-class Uint8Array(np.ndarray):
-    """Forces uint8: a pickle could otherwise set dtype object, which reads bytes as pointers."""
+def _read_through(content: bytes) -> None:
+    """Raise an error if unpickling would cost far more memory or stack than CIFAR-100 does.
+
+    Unpicklers believe what they read: each byte can cost them an empty list, a memo index of 2^31
+    costs 32 GB, and the hash of tuples nested a million deep overflows the stack.
+    """
+    tuples, is_tuple, index, memo = 0, False, 0, {}  # memo: whether what was stored is a tuple
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        name = opcode.name
+        if "PUT" in name or name == "MEMOIZE":
+            index = len(memo) if argument is None else int(argument)
+            memo[index] = is_tuple  # which stays on top of the stack
+        else:
+            # A call takes a tuple off the stack, and makes no other of it.
+            tuples -= name == "REDUCE" and is_tuple
+            is_tuple = "TUPLE" in name or ("GET" in name and memo.get(int(argument), False))
+            tuples += is_tuple
+        if name in ("EMPTY_SET", "FROZENSET"):  # a set costs three times as much as a list
+            raise UnpicklingError("refused, for it holds a set")
+        if tuples > MOST_TUPLES or max(count, index) > MOST_OPCODES:
+            raise UnpicklingError("refused, for it is too large or too deeply nested")
+
+
+class PickledArray:
+    """Stands in for numpy.ndarray, whose own unpickling could be given a dtype of pointers."""
+
+    values: np.ndarray
 
     def __setstate__(self, state: tuple) -> None:
-        _, shape, _, fortran_order, content = state
-        super().__setstate__((1, shape, np.dtype(np.uint8), fortran_order, content))
+        _, shape, dtype, is_fortran, content = state
+        self.values = _array(content, dtype, shape, "F" if is_fortran else "C")
 
 
-class Uint8Dtype:
-    """Stands in for numpy.dtype: accepts uint8 alone, and ignores later changes."""
+class IntegerDtype:
+    """Stands in for numpy.dtype: accepts integers alone, and later only their byte order."""
 
     def __init__(self, code: str, *_: object):
-        if code not in ("u1", "|u1", "uint8"):
-            raise UnpicklingError(f"refused, for it holds an array of {code!r}, not of uint8")
+        if code not in INTEGERS:
+            raise UnpicklingError(f"refused, for it holds an array of {code!r}, not of integers")
+        self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        pass
+        if state[1] == ">":
+            self.dtype = self.dtype.newbyteorder(">")
 
 
-class _Uint8Unpickler(Unpickler):
+def _array(content: bytes | str, dtype: IntegerDtype, shape: tuple, order: str) -> np.ndarray:
+    if not isinstance(dtype, IntegerDtype):
+        raise UnpicklingError("refused, for it holds an array of no known dtype")
+    content = content.encode("latin1") if isinstance(content, str) else content  # of Python 2
+    return np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
+
+
+def _from_buffer(content: bytes, dtype: IntegerDtype, shape: tuple, order: str,
+                 axes: tuple | None = None) -> PickledArray:
+    """Make what protocol 5 stores; the axes are those of NumPy 2.3 for an array of order "K"."""
+    array = PickledArray()
+    if axes is None:
+        array.values = _array(content, dtype, shape, order)
+    else:
+        array.values = _array(content, dtype, shape, "C").transpose(axes)
+    return array
+
+
+def _scalar(dtype: IntegerDtype, content: bytes | str) -> int:
+    return int(_array(content, dtype, (), "C"))
+
+
+class _IntegerUnpickler(Unpickler):
     encoded = 0  # bytes made so far: a short pickle could ask for the same ones many times
 
     def find_class(self, module: str, name: str) -> Callable | None:
         allowed = {
-            "numpy.dtype": Uint8Dtype,
+            "numpy.dtype": IntegerDtype,
             "numpy.ndarray": None,  # an argument of _reconstruct, which ignores it
-            "numpy.core.multiarray._reconstruct": lambda *_: Uint8Array(0, np.uint8),
+            "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
+            "numpy.core.multiarray.scalar": _scalar,
+            "numpy.core.numeric._frombuffer": _from_buffer,
             "_codecs.encode": self._encode,  # Python 3 makes bytes of it
         }
         wanted = f"{module}.{name}".replace("numpy._core", "numpy.core")

@@ -8,6 +8,7 @@ Nothing of the project is preloaded.
 
 import csv
 import hashlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -17,6 +18,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -149,6 +151,37 @@ def pack(directory: Path, archive: Path) -> Path:
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(directory, directory.name)
     return archive
+
+
+def pack_zip(directory: Path, archive: Path, inside: str | None = None) -> Path:
+    """Write a .zip of the files of `directory`, in a folder of that name or `inside`."""
+    inside = directory.name if inside is None else inside
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as file:
+        for path in sorted(directory.iterdir()):
+            file.write(path, f"{inside}/{path.name}".lstrip("/"))
+    return archive
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Return an image, uint8 (3, H, W), as a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(directory: Path, arrays: dict, column: str = "img", rows: int | None = None,
+                  name: str = "{split}-00000-of-00001.parquet", **options) -> Path:
+    """Write Hugging Face's layout, `rows` in a group; the options are those of pyarrow."""
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet, table
+
+    for split, (images, labels) in arrays.items():
+        path = directory / name.format(split=split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = [{"bytes": png(image), "path": None} for image in images]
+        content = {column: values, "fine_label": labels, "coarse_label": labels // 5}
+        parquet.write_table(table(content), path, row_group_size=rows, **options)
+    return directory
 
 
 def holds(dataset, arrays: dict) -> bool:

@@ -85,6 +85,24 @@ def test_a_download_is_checked_and_read(tmp_path, archive, arrays):
     assert server.ranges == [None], "the second time nothing is asked for"
 
 
+@pytest.mark.parametrize("name", ["cifar-10-batches-py/data_batch_1", "cifar-100-python.tar.gz"])
+def test_what_lies_there_is_named_before_a_download_and_stays(
+        tmp_path, archive, arrays, caplog, name):
+    """Also where its name is that of the archive."""
+    other = tmp_path / "data" / name
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"<html>")
+    server = Server(archive)
+    with caplog.at_level("INFO", "cifar100"):
+        assert holds(data.load("cifar100", tmp_path / "data", server.url), arrays)
+    told = "holds CIFAR-10, not CIFAR-100" if "batch" in name else "but an HTML page"
+    assert caplog.messages[0].startswith(f"note       {tmp_path}/data/{name.split('/')[0]}: ")
+    assert told in caplog.messages[0] and caplog.messages[1].startswith("download   http")
+    assert other.read_bytes() == b"<html>"
+    assert holds(data.load("cifar100", tmp_path / "data", server.url), arrays)
+    assert server.ranges == [None], "the second time nothing is asked for"
+
+
 def test_a_broken_download_is_resumed(tmp_path, archive, arrays, monkeypatch):
     monkeypatch.setattr(cifar100.download, "RETRY_SECONDS", 0)
     server = Server(archive, breaks=2)

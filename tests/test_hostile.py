@@ -5,6 +5,7 @@ Nothing of it is executed, nothing is written, and it takes less than 500 MB of 
 
 import argparse
 import collections
+import functools
 import gzip
 import io
 import itertools
@@ -16,11 +17,21 @@ import struct
 import tarfile
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from helpers import call, equal, pack, write_binary, write_hdf5, write_python
+from helpers import (
+    call,
+    equal,
+    pack,
+    pack_zip,
+    write_binary,
+    write_hdf5,
+    write_parquet,
+    write_python,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -96,23 +107,38 @@ def differing(dataset: data.Dataset, arrays: dict) -> int:
     return count
 
 
+def write_again(directory, arrays: dict):
+    """Write the python version with labels of NumPy's, in the latest protocol."""
+    for split, (images, labels) in arrays.items():
+        content = {b"data": images.reshape(len(images), -1), b"fine_labels": labels}
+        (write_python(directory, arrays) / split).write_bytes(pickle.dumps(content, 5))
+    return directory
+
+
 # What is written, and which of its files is damaged. None stands for the only one.
 DATA_FILES = {
-    "pickle train": (write_python, "train"), "pickle test": (write_python, "test"),
+    "pickle train": (write_python, "train"),
+    "pickle test": (functools.partial(write_python, protocol=4), "test"),
     "pickle meta": (write_python, "meta"), "binary train.bin": (write_binary, "train.bin"),
     "binary names": (write_binary, "fine_label_names.txt"), "HDF5": (write_hdf5, None),
     "python archive": (write_python, "archive"), "binary archive": (write_binary, "archive"),
+    "python zip": (write_python, "zip"), "pickle again": (write_again, "test"),
+    "Parquet": (write_parquet, "test-00000-of-00001.parquet"),
 }
 
 
 @pytest.mark.parametrize("count", marked([60], [150]))
 @pytest.mark.parametrize("kind", DATA_FILES)
 def test_damaged_data_load_equal_or_are_refused_in_one_line(tmp_path, few, kind, count):
-    """Archives have a checksum. In the other formats, what is overwritten changes and no more."""
+    """Archives have a checksum. In the other formats, what is overwritten changes and no more.
+
+    A PNG in Parquet has a checksum, too. Labels have none, and a number can stand for many.
+    """
     write, file = DATA_FILES[kind]
     path = write(tmp_path / "written", few)
-    path = pack(path, tmp_path / "mine.tar.gz") if file == "archive" else path
-    target = path if file in (None, "archive") else path / file
+    if file in ("archive", "zip"):
+        path = (pack if file == "archive" else pack_zip)(path, tmp_path / f"mine.{file}")
+    target = path if file in (None, "archive", "zip") else path / file
     original = target.read_bytes()
     counts = {"equal": 0, "changed": 0, "refused": 0}
 
@@ -122,8 +148,8 @@ def test_damaged_data_load_equal_or_are_refused_in_one_line(tmp_path, few, kind,
         if dataset is None:
             counts["refused"] += 1
         elif changed := differing(dataset, few):
-            assert file != "archive"
-            if all(kind == "overwrite" for kind, *_ in edits):
+            assert file not in ("archive", "zip")
+            if kind != "Parquet" and all(kind == "overwrite" for kind, *_ in edits):
                 assert changed <= sum(len(new) for *_, new in edits)
             counts["changed"] += 1
         else:
@@ -214,6 +240,15 @@ def long_string(opcode: bytes, length: int, width: int) -> bytes:
 
 
 ENCODE = b"c_codecs\nencode\n"
+SCALAR, FROM_BUFFER = b"cnumpy.core.multiarray\nscalar\n", b"cnumpy._core.numeric\n_frombuffer\n"
+POINTER = b"C\x08PWNED..."  # eight bytes, which an object array reads as an address
+
+
+def dtype(code: bytes) -> bytes:
+    """Return the pickle of a numpy.dtype, without its byte order."""
+    return b"cnumpy\ndtype\n(X" + len(code).to_bytes(4, "little") + code + b"K\x00K\x01tR"
+
+
 PICKLES = {
     "os.system": calls(Call(os.system, "touch PWNED")),
     "eval": calls(Call(eval, "open('PWNED', 'w')")),
@@ -233,6 +268,7 @@ PICKLES = {
     "a long frame": long_string(b"\x95", 2**62, 8),
     "a long bytearray": long_string(b"\x96", 2**40, 8),
     "a far memo": b"\x80\x02]r\xff\xff\xff\x7f.",
+    "the same memo, many times": b"\x80\x02]" + b"q\x00" * 5_000_000 + b".",
     "a far memo as text": b"]p2147483647\n.",
     "bytearray of 8 GB": b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x02\x85R.",
     "a million tuples in each other": b"\x80\x02}(K\x00" + b"\x85" * 10**6 + b"K\x01u.",
@@ -240,11 +276,38 @@ PICKLES = {
         b"\x80\x02(X" + (2**20).to_bytes(4, "little") + b"x" * 2**20 + b"q\x000"
         + (ENCODE + b"h\x00U\x06latin1\x86R") * 10**4 + b"l."
     ),
+    "an object": b"\x80\x03" + SCALAR + b"(" + dtype(b"O8") + POINTER + b"tR.",
+    "an object array of protocol 5": pickle.dumps({"fine_labels": np.array([[], 1], object)}, 5),
+    "objects in a buffer": (b"\x80\x03" + FROM_BUFFER + b"(" + POINTER + dtype(b"O8")
+                            + b"K\x01\x85X\x01\x00\x00\x00CtR."),
+    # What find_class returns can be given attributes.
+    "a function as dtype": (b"\x80\x03" + SCALAR + b"(" + FROM_BUFFER + b"}X\x05\x00\x00\x00dtype"
+                            b"X\x01\x00\x00\x00Osb" + POINTER + b"tR."),
+    "a class as dtype": b"\x80\x03" + SCALAR + b"(cnumpy\ndtype\n" + POINTER + b"tR.",
+    "a code as dtype": b"\x80\x03" + SCALAR + b"(X\x01\x00\x00\x00O" + POINTER + b"tR.",
+    "a dtype that was not made": b"\x80\x03" + SCALAR + b"(cnumpy\ndtype\n)\x81C\x01\x00tR.",
+    "an array of 2^62": (b"\x80\x03" + FROM_BUFFER + b"(C\x01\x00" + dtype(b"u1") + b"\x8a\x08"
+                         + (2**62).to_bytes(8, "little") + b"\x85X\x01\x00\x00\x00CtR."),
+    "tuples in each other, each also an argument": (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x00}K\x01\x85q\x01"
+        + b"0h\x00h\x01\x85q\x01R" * 200_000 + b"0h\x01K\x01s."
+    ),
+    "tuples in each other, each also an argument, in protocol 4": (
+        b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n\x94}K\x01\x85\x94"
+        + b"".join(b"0h\x00j" + n.to_bytes(4, "little") + b"\x85\x94R" for n in range(1, 200_000))
+        + b"0j" + (200_000).to_bytes(4, "little") + b"K\x01s."
+    ),
+    "tuples in each other by way of the memo": (
+        b"\x80\x02}K\x01\x85q\x01" + b"0h\x01\x85q\x01" * 400_000 + b"K\x01s."),
+    "sets": b"\x80\x04(" + b"\x8f" * 1_700_000 + b"l.",
     "no end": b"\x80\x02]",
     "nothing": b"",
 }
 LISTS = b"\x80\x02(" + b"]" * 2**24 + b"l."
 LARGE_PICKLES = {
+    "as many lists as are read": lambda: b"\x80\x02(" + b"]" * 2_190_000 + b"l.",
+    "as many arrays as are read": lambda: (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nq\x000(" + b"h\x00)R" * 730_000 + b"l."),
     "16 million lists": lambda: LISTS,
     "lists in each other": lambda: b"\x80\x02" + b"]" * 300_000 + b"a" * 299_999 + b".",
     "100 MB of labels": lambda: pickle.dumps({"fine_labels": bytes(10**8)}, 4),
@@ -329,6 +392,78 @@ LARGE_ARCHIVES = {
     "a name of 200 MB": lambda: members(("x", tarfile.GNUTYPE_LONGNAME, "", 200 * 2**20)),
     "1 GB of zeros": lambda: gzip.compress(bytes(2**30), 1),
 }
+def zip_with(*files: tuple[str, int], kind: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """Return a zip of files of so many zeros, by name."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", kind) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, size in files:
+            with archive.open(name, "w", force_zip64=True) as file:
+                for _ in range(0, size, 2**20):
+                    file.write(bytes(2**20))
+    return buffer.getvalue()
+
+
+def understated(content: bytes, size: int) -> bytes:
+    """Return a zip whose directory says that its first file has `size` bytes."""
+    at = content.index(b"PK\x01\x02") + 24
+    return content[:at] + struct.pack("<I", size) + content[at + 4 :]
+
+
+def zip_directory(count: int) -> bytes:
+    """Return a zip that is nothing but a list of so many files."""
+    files = (b"PK\x01\x02" + bytes(42)) * count
+    at = len(files)
+    return (files + b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, at, 0)
+            + b"PK\x06\x07" + struct.pack("<IQI", 0, at, 1)
+            + b"PK\x05\x06" + struct.pack("<4H2IH", *[2**16 - 1] * 4, *[2**32 - 1] * 2, 0))
+
+
+ZIPS = {
+    "a name above the folder": lambda: zip_with(("../../train", 1), ("/tmp/PWNED", 1)),
+    "another compression": lambda: zip_with(("train", 2**20), kind=zipfile.ZIP_LZMA),
+    "a zip in a zip": lambda: zip_with(("cifar-100-python.zip", 2**20)),
+    "a list of 20,000 files": lambda: zip_directory(20_000),
+}
+LARGE_ZIPS = {
+    "a file of 1 GB": lambda: zip_with(("train", 2**30)),
+    "a file of 1 GB that says 1 KB": lambda: understated(zip_with(("train", 2**30)), 1000),
+    "a file of 1 GB that says 200 MB": lambda: understated(zip_with(("train", 2**30)), 2 * 10**8),
+    "many files of 100 MB": lambda: zip_with(*((f"{n}/train", 10**8) for n in range(4))),
+    "a list of 360,000 files": lambda: zip_directory(360_000),
+    "a list of 6,000,000 files": lambda: zip_directory(6_000_000),
+}
+
+
+def huge_png(side: int, text: bytes = b"") -> bytes:
+    """Return a PNG of so many pixels a side, with a compressed text."""
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(min(side, 99) * (3 * side + 1)))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"zTXt", b"a\0\0" + text)
+            + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+# Values of the images' column, how many rows have each, and options of pyarrow.
+PARQUETS = {
+    "a PNG of 30,000 pixels a side": ([huge_png(30_000)], 1, {}),
+    "a PNG of 13,000 pixels a side, of which Pillow warns": ([huge_png(13_000)], 1, {}),
+    "a PNG with a text of 64 MB": ([huge_png(32, zlib.compress(bytes(2**26)))], 1, {}),
+    "a value of 2 MB for 12 rows": ([b"%d" % n + bytes(2**21) for n in range(4)], 3, {}),
+    "60,000 rows": ([b"x"], 60_000, {}),
+}
+LARGE_PARQUETS = {
+    "a value of 2 MB for all rows": ([b"%d" % n + bytes(2**21) for n in range(4)], 12_500, {}),
+    "a value of 150 MB": ([bytes(150 * 2**20), b""], 20_000, {"compression": "zstd"}),
+    "1 GB": ([b"%d" % n + bytes(20_000) for n in range(50_000)], 1,
+             {"compression": "zstd", "use_dictionary": False}),
+    "a group for each row": ([b"x"], 50_000, {"row_group_size": 1}),
+}
+
+
 WEIGHTS = {
     "huge storage": lambda: zipped(storage_of(2**40)),
     "large storage": lambda: zipped(storage_of(2**31)),
@@ -468,6 +603,27 @@ def test_hostile_hdf5_is_refused(tmp_path, fault):
 def test_hostile_archives_are_refused(tmp_path, name):
     (tmp_path / "mine.tar.gz").write_bytes({**ARCHIVES, **LARGE_ARCHIVES}[name]())
     assert_harmless(tmp_path, (load_data, tmp_path / "mine.tar.gz"))
+
+
+@pytest.mark.parametrize("name", marked(ZIPS, LARGE_ZIPS))
+def test_hostile_zips_are_refused(tmp_path, name):
+    (tmp_path / "mine.zip").write_bytes({**ZIPS, **LARGE_ZIPS}[name]())
+    assert_harmless(tmp_path, (load_data, tmp_path / "mine.zip"), (load_data, tmp_path))
+
+
+@pytest.mark.parametrize("name", marked(PARQUETS, LARGE_PARQUETS))
+def test_hostile_parquet_is_refused(tmp_path, few, name):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    write_parquet(tmp_path, few)
+    values, count, options = {**PARQUETS, **LARGE_PARQUETS}[name]
+    numbers = np.arange(len(values) * count, dtype=np.int32) % len(values)
+    images = pyarrow.DictionaryArray.from_arrays(pyarrow.array(numbers), pyarrow.array(values))
+    images = images if len(values) < 9 < count else images.dictionary_decode()
+    table = pyarrow.table({"img": images, "fine_label": np.zeros(len(numbers), np.int64)})
+    parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet", **options)
+    (line,) = assert_harmless(tmp_path, (load_data, tmp_path))
+    assert "more than all of" in line or "is not a Parquet file of CIFAR-100 (" in line
 
 
 @pytest.mark.parametrize("name", marked(WEIGHTS, LARGE_WEIGHTS))
