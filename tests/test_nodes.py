@@ -39,8 +39,8 @@ import train_resnet
 from engine.process import run_script
 from engine.run import Run
 
-def finish(run, finish=Run.finish):
-    finish(run)
+def finish(run, model, finish=Run.finish):
+    finish(run, model)
     weights = [value.numpy().tobytes() for value in run.model.state_dict().values()]
     with open("rank" + os.environ["RANK"], "w") as file:
         print(socket.gethostname(), hashlib.sha256(b"".join(weights)).hexdigest(), file=file)
