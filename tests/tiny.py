@@ -131,12 +131,7 @@ def train(name: str, dataset: data.Dataset, output_dir: Path, *flags,
     with pytest.MonkeyPatch.context() as patch, signals_kept():
         for (owner, attribute), value in replaced.items():
             patch.setattr(owner, attribute, value)
-        # For speed no pictures are drawn, no code is read, and no disk is waited for.
-        patch.setitem(sys.modules, "matplotlib.figure", None)
-        patch.setattr(report.runs, "describe_code", lambda: CODE)
-        patch.setattr(report.runs, "zip_code", bytes)
-        patch.setattr(utils.log, "handlers", [*utils.log.handlers])
-        patch.setattr(os, "fsync", lambda _: None)
+        hurry(patch)
         try:
             script.main()
         except utils.UserError as error:
@@ -144,6 +139,15 @@ def train(name: str, dataset: data.Dataset, output_dir: Path, *flags,
         finally:
             engine.process.AT_END.close()
     return watched
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Have a run draw no pictures, read no code and wait for no disk; keep the log's handlers."""
+    patch.setitem(sys.modules, "matplotlib.figure", None)
+    patch.setattr(report.runs, "describe_code", lambda: CODE)
+    patch.setattr(report.runs, "zip_code", bytes)
+    patch.setattr(utils.log, "handlers", [*utils.log.handlers])
+    patch.setattr(os, "fsync", lambda _: None)
 
 
 @contextlib.contextmanager
