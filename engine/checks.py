@@ -87,7 +87,7 @@ def check_single_images(model: nn.Module, still: set[nn.Module], images: int, ba
     `still` are modules in evaluation mode, and `images` is how many there are to train on. `epochs`
     are the steps of each, and its images' side in pixels.
     """
-    # Of fewer than that one process has a single image; if it had none, it would take a filler.
+    # Of a batch of fewer images, one process gets a single image, of its own or as a filler.
     least, last = 2 * runtime.ranks, images % batch_size or batch_size
     sizes = {size for steps, size in epochs
              if (last if steps * batch_size >= images else batch_size) < least}

@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
             default = recipe.get(action.dest, action.default)
             if isinstance(default, str):
                 default = self._get_value(action, default)  # as argparse itself converts it
-            default = defaults.setdefault(action.dest, default)  # of two flags the first one's
+            default = defaults.setdefault(action.dest, default)  # of two, the first
             if default is not None and default is not False:
                 shown = str(default).replace("%", "%%")  # argparse formats the help
                 text = (action.help or "").replace(" (default: %(default)s)", "")
@@ -176,7 +176,7 @@ def _as_in_training(action: argparse.Action, value: Any, default: Any) -> Any:  
         return default
     if not action.type or not isinstance(value, (int, float, str, list)):
         return value
-    if isinstance(value, list) and action.nargs is None:  # of a type that itself reads a list
+    if isinstance(value, list) and action.nargs is None:  # the flag's type reads a whole list
         return value
     convert = [action.type(str(part)) for part in (value if isinstance(value, list) else [value])]
     return convert if isinstance(value, list) else convert[0]

@@ -151,13 +151,13 @@ def frozen_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def rates(scheduler: LRScheduler, total_steps: int) -> list[list[float]]:
-    """Return the learning rates of each step, one for each of the optimizer's groups."""
+    """Return each step's rates, one a group, as a copy finds them that shares the weights."""
     weights = [weight for group in scheduler.optimizer.param_groups for weight in group["params"]]
     by_step = []
     with (guard("the schedule must be one whose step() takes no argument, and that can be copied",
                 Exception), warnings.catch_warnings()):
-        twin = copy.deepcopy(scheduler, {id(weight): weight for weight in weights})  # these not
-        warnings.simplefilter("ignore")  # that its optimizer takes no steps
+        twin = copy.deepcopy(scheduler, {id(weight): weight for weight in weights})
+        warnings.simplefilter("ignore")  # torch warns that the copy's optimizer takes no steps
         for _ in range(total_steps):
             by_step.append([float(group["lr"]) for group in twin.optimizer.param_groups])
             twin.step()
@@ -174,7 +174,7 @@ class Sizes:
         low_epochs = int(fraction * epochs + 1e-9)  # 0.58 x 50 is 28.999... in floating point
         self.train = [low] * low_epochs + [full] * (epochs - low_epochs)
         self.test = [*self.train[:-1], full]
-        self.all = {low, full} if fraction else {full}  # in longer runs, too
+        self.all = {low, full} if fraction else {full}  # also if this run is too short for `low`
 
 
 def cutmix_by_epoch(epochs: int, probability: float) -> list[float]:
