@@ -1,11 +1,12 @@
 """The images: load them, hold some out, and give them to the network in batches on the device."""
 
 import copy
+import dataclasses
 import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,15 +54,6 @@ class Dataset(NamedTuple):
     def evaluated(self) -> dict[str, Split]:
         """Return the splits to evaluate after every epoch: val, if there is one, and test."""
         return {"val": self.val, "test": self.test} if self.val else {"test": self.test}
-
-
-class Place(Protocol):
-    """Where batches go: a device, and one of several ranks; engine.runtime.Runtime is one."""
-
-    device: torch.device
-    rank: int
-    ranks: int
-    compile: bool
 
 
 def load(name: str, data_dir: str | Path, url: str | None = None, download: bool = True) -> Dataset:
@@ -130,7 +122,7 @@ def check(dataset: Dataset) -> None:
                             f"{classes} class names")
 
 
-def loaders(dataset: Dataset, batch_size: int, eval_batch: int, stats: Stats, place: Place,
+def loaders(dataset: Dataset, batch_size: int, eval_batch: int, stats: Stats, place: NamedTuple,
             size: int, **augmentation: float) -> tuple["Batches", dict[str, "Batches"]]:
     """Return the training batches, and by split the evaluation batches, of `size` pixels a side."""
     train = Batches(dataset.train, batch_size, stats, place, classes=len(dataset.class_names),
@@ -139,11 +131,28 @@ def loaders(dataset: Dataset, batch_size: int, eval_batch: int, stats: Stats, pl
                    for name, split in dataset.evaluated().items()}
 
 
-class Batches:
-    """One split, uint8 on the device, as batches of normalised float32 (B, 3, size, size)."""
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A training batch, which is made when it is unpacked: images, labels and a weight."""
 
-    def __init__(self, split: Split, batch_size: int, stats: Stats, place: Place, size: int = 32,
-                 classes: int = CLASSES, padding: int = CROP_PADDING, strength: float = 0.0):
+    batches: "Batches"
+    drawn: dict[str, Tensor]  # int64 (1 or 2, B) each, on the device: see `Batches._draw`
+    size: int
+    weight: float
+
+    def __iter__(self) -> Iterator:
+        """Yield images float32 (B, 3, size, size), labels and weight: see `Batches.shuffled`."""
+        yield self.batches._augment(self.drawn, self.size)
+        yield self.batches._labels(self.drawn)
+        yield self.weight
+
+
+class Batches:
+    """One split on the device of `place`, a Runtime, as batches of float32 (B, 3, size, size)."""
+
+    def __init__(self, split: Split, batch_size: int, stats: Stats, place: NamedTuple,
+                 size: int = 32, classes: int = CLASSES, padding: int = CROP_PADDING,
+                 strength: float = 0.0):
         device = place.device
         # The convolutions want a pixel's channels side by side.
         images = split.images.contiguous(memory_format=torch.channels_last)
@@ -159,8 +168,8 @@ class Batches:
         reach = round(padding * self.side / 32)  # padding is given for 32 pixels
         self.offsets = 2 * reach + 1  # of a crop, in each direction
         # The rows, or columns, that a crop takes at each offset, and then the same ones flipped.
-        padded = torch.tensor(np.pad(np.arange(self.side), reach, "reflect"))
-        crops = padded.unfold(0, self.side, 1)
+        padded = np.pad(np.arange(self.side), reach, "reflect")
+        crops = torch.tensor(padded).unfold(0, self.side, 1)
         self.crops = torch.cat([crops, crops.flip(1)]).to(device)  # (2 x offsets, side)
         if place.compile:
             self._augment = torch.compile(self._augment, dynamic=False)
@@ -183,8 +192,8 @@ class Batches:
             yield self._finish(self.images[part], self.size), self.labels[part]
 
     def shuffled(self, seed: int, epoch: int, start: int = 0, size: int = 32,
-                 cutmix: float = 0.0) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield augmented images, labels and a weight, from batch number `start` on.
+                 cutmix: float = 0.0) -> Iterator[Batch]:
+        """Yield batches of augmented images, labels and a weight, from batch number `start` on.
 
         All is drawn on the CPU from (seed, epoch) alone. With probability `cutmix` an image gets a
         box of another (Yun et al. 2019, arXiv:1905.04899); labels are then float32 (B, classes).
@@ -198,9 +207,7 @@ class Batches:
             share = batch.tensor_split(self.ranks, dim=1)[self.rank]
             weight = share.shape[1] * self.ranks / batch.shape[1]
             share = share if weight else batch[:, :1]  # all ranks must take a step
-            drawn = dict(zip(draws, share.split(counts), strict=True))
-            labels = self._mixed_labels(drawn) if cutmix else self.labels[drawn["image"][0]]
-            yield self._augment(drawn, size), labels, weight
+            yield Batch(self, dict(zip(draws, share.split(counts), strict=True)), size, weight)
 
     def _draw(self, seed: int, cutmix: float) -> dict[str, Tensor]:
         """Draw what happens to each image of an epoch, int64 (1 or 2, count) each, on the CPU."""
@@ -240,8 +247,10 @@ class Batches:
             images = 255 * trivial_augment(images / 255, drawn["operation"][0], levels)
         return self._finish(images, size)
 
-    def _mixed_labels(self, drawn: dict[str, Tensor]) -> Tensor:
-        """Return float32 (B, classes): each class's share of the image's area."""
+    def _labels(self, drawn: dict[str, Tensor]) -> Tensor:
+        """Return int64 (B,), or with CutMix the classes' shares of the area, float32 (B, C)."""
+        if "other" not in drawn:
+            return self.labels[drawn["image"][0]]
         labels = self.labels[torch.cat([drawn["image"], drawn["other"]])]  # (2, B)
         own, others = (labels[:, :, None] == self.classes).float()
         height, width = drawn["box_end"] - drawn["box_start"]

@@ -103,7 +103,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 def main() -> None:
     """Make the model, the batches, the run and the optimizer; train and evaluate each epoch."""
     args = parse_args()
-    runtime = choose_runtime(args.device, args.precision, args.compile)
+    runtime = choose_runtime(args.device, args.precision, args.compile, args.graphs)
     torch.manual_seed(args.seed)
     model = make_model(args)
     if args.eval_only or args.predict:

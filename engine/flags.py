@@ -75,6 +75,8 @@ class Parser(argparse.ArgumentParser):
         add = self.machine_group.add_argument
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
         add("--compile", action="store_true", help="torch.compile, for runs of an hour on CUDA")
+        add("--graphs", action=argparse.BooleanOptionalAction, default=False,
+            help="on a GPU, repeat whole training steps as CUDA graphs (not tried on a GPU yet)")
         add("--checkpoint-minutes", type=bounded(float, 0), default=10, metavar="M",
             help="save every M minutes within an epoch, beside its end")
         add("--max-minutes", type=bounded(float, 0.001), metavar="M",

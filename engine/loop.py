@@ -1,5 +1,6 @@
 """The loops: train one epoch, and evaluate."""
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data import epoch_seed
+from engine.graphs import Graphs
 from engine.optim import frozen_modules
 from engine.run import Run
 from engine.runtime import Runtime
@@ -25,6 +27,10 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
     Frozen modules, and those in evaluation mode at run.start, stay in evaluation mode.
     Raises UserError if the loss is not finite, or if the run must stop.
     """
+    take = functools.partial(train_on, run, train_step)
+    if run.runtime.graphs:
+        run.graphs = run.graphs or Graphs(run)
+        take = functools.partial(run.graphs.take, take)
     run.model.train()
     in_evaluation_mode = run.in_evaluation_mode | frozen_modules(run.model)
     if run.step == 0:
@@ -35,12 +41,12 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
             # Save before the batch is drawn: a resumed run then draws the same random batch.
             run.stop_or_save()
             began = time.monotonic()
-            images, labels, run.loss_weight = next(batches)
-            images, labels = run.augment(images, labels)
+            run.seed_augmentation()
             for module in in_evaluation_mode:
                 module.training = False
-            loss, logits = train_step(run, images, labels)
-            run.count(loss, logits, labels)
+            take(next(batches))
+            run.scheduler.step()
+            run.state.position.step += 1
             if run.step % CHECK_EVERY == 0:
                 run.check_finite()
             run.clock.end_step(began)
@@ -50,6 +56,14 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
                 bar.clear()
                 log.info(f"time       about {duration(run.seconds_left())} left")
     return run.end_training()
+
+
+def train_on(run: Run, train_step: Callable, batch: Iterable) -> None:
+    """Take a step on a batch. A CUDA graph repeats what this does on the device, and no more."""
+    images, labels, run.loss_weight = batch
+    images, labels = run.augment(images, labels)
+    loss, logits = train_step(run, images, labels)
+    run.count(loss, logits, labels)
 
 
 @torch.inference_mode()

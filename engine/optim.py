@@ -1,8 +1,10 @@
 """Muon, the groups of weights that it or SGD trains, and the schedules of a run."""
 
+import contextlib
 import copy
 import inspect
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,8 @@ class Muon(torch.optim.SGD):
                      "sgd uses it")
         self.dtype, self.pad, self.iterations = dtype, pad, iterations
         self.zeros: dict[torch.Size, Tensor] = {}  # by shape, (widest, out)
+        # Of the groups, on the device, if CUDA graphs repeat the steps: see `set_rates`.
+        self.rates: list[Tensor] = []
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,8 +49,30 @@ class Muon(torch.optim.SGD):
             if weights and "muon" in group:
                 # SGD's own momentum is 0 in such a group: it adds the weight decay and steps.
                 self._orthogonalize_gradients(weights, group["muon"])
-        # Without the wrapper of a public step(), which would call the user's hooks once more.
-        inspect.unwrap(torch.optim.SGD.step)(self)
+        with self._rates_on_device():
+            # Without the wrapper of a public step(), which would call the user's hooks once more.
+            inspect.unwrap(torch.optim.SGD.step)(self)
+
+    def set_rates(self) -> None:
+        """Copy the groups' rates to `rates`; a graph repeats the numbers of its first step."""
+        for rate, group in zip(self.rates, self.param_groups, strict=False):
+            rate.fill_(group["lr"])  # as a kernel's argument, for which nothing waits
+
+    @contextlib.contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """Have SGD read `rates`, if there are any, which only its fused form does on the device."""
+        before = [(group["lr"], group["fused"]) for group in self.param_groups]
+        for group, rate in zip(self.param_groups, self.rates, strict=False):
+            group["lr"], group["fused"] = rate, True
+            for weight in group["params"]:
+                # The gradient of a 1x1 convolution can have other strides, which that refuses.
+                if weight.grad is not None and weight.grad.stride() != weight.stride():
+                    weight.grad = torch.empty_like(weight).copy_(weight.grad)
+        try:
+            yield
+        finally:  # floats again, for the schedule, the log and the checkpoints
+            for group, values in zip(self.param_groups, before, strict=True):
+                group["lr"], group["fused"] = values
 
     def _orthogonalize_gradients(self, weights: list[Tensor], momentum: float) -> None:
         stacks = {}  # of weights whose gradients are orthogonalised together

@@ -46,15 +46,19 @@ class Run:
         # What `start` may get: modules that stay in evaluation mode, and state of the user's own.
         self.in_evaluation_mode: set[nn.Module] = set()
         self.keep: dict[str, Any] = {}
+        self.graphs = None  # the CUDA graphs of the steps, if there are any
+        self.was_asked_for_step = False  # whether `epoch` or `step` was read
 
     @property
     def epoch(self) -> int:
         """How many epochs are finished."""
+        self.was_asked_for_step = True
         return self.state.position.epoch
 
     @property
     def step(self) -> int:
         """How many steps of the current epoch are done."""
+        self.was_asked_for_step = True
         return self.state.position.step
 
     def steps_in(self, epoch: int) -> int:
@@ -81,6 +85,7 @@ class Run:
                                    zip(steps, sizes.train, strict=False), runtime)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.scaler, self.sizes, self.augmentation = runtime.scaler(), sizes, augment
+        self.generator = torch.Generator(runtime.device) if augment else None
         self.network = model  # which several ranks wrap
         if runtime.ranks > 1:
             self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -124,17 +129,20 @@ class Run:
         return [tensor for part in parts if isinstance(part, nn.Module)
                 for tensor in part.buffers() if tensor.is_floating_point()]
 
+    def seed_augmentation(self) -> None:
+        """Have the user's own augmentation draw the same in this step after a resume."""
+        if self.augmentation:
+            step = self.epoch * self.steps_per_epoch + self.step
+            # + 1: SeedSequence ignores trailing zeros, and (seed, step) seeds an epoch's order.
+            self.generator.manual_seed(epoch_seed(self.args.seed, step, self.runtime.rank + 1))
+
     def augment(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return images, and labels as shares (B, classes), as the user's own function does."""
         if not self.augmentation:
             return images, labels
         if labels.ndim == 1:
             labels = nn.functional.one_hot(labels, len(self.dataset.class_names)).float()
-        step = self.epoch * self.steps_per_epoch + self.step
-        # + 1: SeedSequence ignores trailing zeros, so rank 0 would reuse an epoch's shuffling seed.
-        seed = epoch_seed(self.args.seed, step, self.runtime.rank + 1)
-        generator = torch.Generator(self.runtime.device).manual_seed(seed)
-        changed = self.augmentation(images, labels, generator)
+        changed = self.augmentation(images, labels, self.generator)
         if not self.clock.progressed:
             checks.check_augmented(changed, labels.shape)
         return changed
@@ -142,24 +150,24 @@ class Run:
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of the batch's loss, of which this rank has a share."""
         self.optimizer.zero_grad()
-        self.scaler.scale(loss * self.loss_weight).backward()
+        # In one process the weight is 1, and a product would be two kernels more.
+        loss = loss if self.loss_weight == 1 else loss * self.loss_weight
+        self.scaler.scale(loss).backward()
         if not self.clock.progressed:
             checks.check_gradients(self.model, self.runtime.ranks)
 
     def take_step(self) -> None:
-        """Have the optimizer change the weights, and the schedule the learning rate."""
+        """Have the optimizer change the weights."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
 
     def count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a step, and its images unless they are fillers; a soft label by its top class."""
+        """Count a batch's images, unless they are fillers; a soft label by its top class."""
         if self.loss_weight:
             classes = labels if labels.ndim == 1 else labels.argmax(1)
             self.state.sums[0].add_(loss.detach() * len(labels))
             self.state.sums[1].add_((logits.argmax(1) == classes).sum())
             self.state.sums[2].add_(len(labels))
-        self.state.position.step += 1
 
     def watch(self, batches: Batches, name: str) -> Iterator:
         """Yield the batches of an evaluation, at the epoch's size; stop or save before each."""
@@ -208,8 +216,8 @@ class Run:
         return step_time * steps + evaluation * tests
 
     def step_seconds(self) -> float:
-        """Return the mean seconds of this epoch's steps, without the first, which may compile."""
-        steps = self.clock.steps[1:] or self.clock.steps
+        """Return the mean seconds of this epoch's steps, without the first, which may be slow."""
+        steps = self.clock.steps[self.clock.slow :] or self.clock.steps
         # After a resumption there may be nothing left to train.
         return sum(steps) / len(steps) if steps else self.state.position.train_seconds / self.step
 
@@ -250,7 +258,7 @@ class Run:
                "eta_seconds": self.seconds_left(position.seconds - position.train_seconds)}
         self.state.position = Position(self.epoch + 1, history=[*position.history, row])
         self.state.sums.zero_()
-        self.clock.steps, self.clock.progressed = [], True
+        self.clock.steps, self.clock.slow, self.clock.progressed = [], 1, True
         log.info(epoch_line(row))
         is_due = time.monotonic() - self.clock.saved_at > SAVE_AFTER
         if self.epoch < self.epochs and self.runtime.broadcast(is_due):

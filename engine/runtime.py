@@ -19,6 +19,7 @@ from utils import UserError, log, one_line
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A rank with fewer images shares its batch norm with others, Wu & He 2018, arXiv:1803.08494.
 FEW_IMAGES = 32
+GRAPHED = ("cuda",)  # kinds of devices that can repeat a whole step: see engine/graphs.py
 # These messages say that torch is too new for the GPU or its driver.
 TOO_NEW = "driver.* too old|no kernel image"
 OLDER = "; install a torch for CUDA 12 (README.md, 'Install'), or say --device cpu"
@@ -32,6 +33,7 @@ class Runtime(NamedTuple):
     compile: bool = False
     rank: int = 0
     ranks: int = 1
+    graphs: bool = False  # training steps run as CUDA graphs
 
     @property
     def precision(self) -> str:
@@ -53,9 +55,11 @@ class Runtime(NamedTuple):
         is_few = self.ranks > 1 and 0 < batch_size < FEW_IMAGES * self.ranks
         if self.device.type == "cuda" and is_few:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-        # Unless compiled, batch norms count their batches on the host, which takes no kernel.
+        # Batch norms count their batches on the host, which takes no kernel. What is compiled or
+        # repeated by a graph counts on the device.
+        on_host = not (self.compile or self.graphs)
         counters = [(module, module.num_batches_tracked) for module in model.modules()
-                    if hasattr(module, "num_batches_tracked") and not self.compile]
+                    if hasattr(module, "num_batches_tracked") and on_host]
         model.to(self.device, memory_format=torch.channels_last)
         for module, counter in counters:
             module.num_batches_tracked = counter
@@ -93,11 +97,12 @@ class Runtime(NamedTuple):
         elif self.device.type == "cuda":
             name += f" ({torch.cuda.get_device_name(self.device)})"
         ranks = f"{self.ranks} x " if self.ranks > 1 else ""
-        compiled = ", compiled" if self.compile else ""
-        return f"{ranks}{name}, {str(self.dtype).removeprefix('torch.')}{compiled}"
+        how = (", compiled" if self.compile else "") + (", by CUDA graphs" if self.graphs else "")
+        return f"{ranks}{name}, {str(self.dtype).removeprefix('torch.')}{how}"
 
 
-def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
+def choose_runtime(device: str, precision: str, compile_model: bool,
+                   graphs: bool = False) -> Runtime:
     """Set up this process for these flags and return its Runtime; raises UserError."""
     device = find_device(device)
     dtype = fastest_dtype(device) if precision == "auto" else PRECISIONS[precision]
@@ -115,7 +120,16 @@ def choose_runtime(device: str, precision: str, compile_model: bool) -> Runtime:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")  # TF32, where the chip has it
-    return Runtime(device, dtype, compile_model, *join_ranks(device))
+    rank, ranks = join_ranks(device)
+    # In fp16 the gradient scaler waits for the device in each step.
+    can = device.type in GRAPHED and ranks == 1 and dtype != torch.float16 and not compile_model
+    if graphs and not can:
+        log.info("note       no CUDA graphs: they need one process, a GPU, bf16 or fp32, and no "
+                 "--compile")
+    if graphs and can and device.type == "cuda":
+        # The default stream cannot be captured. All work, before a graph and in it, is on this one.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+    return Runtime(device, dtype, compile_model, rank, ranks, graphs and can)
 
 
 def find_device(name: str) -> torch.device:

@@ -90,7 +90,9 @@ def our_tasks(code: SimpleNamespace, name: str, flags: list[str], images: data.S
     sys.argv = [name, *flags, "--output-dir", tempfile.gettempdir() + "/no run is here"]
     script = getattr(code, name)
     args = script.parse_args()
-    runtime = code.runtime.choose_runtime(args.device, args.precision, args.compile)
+    # Older code has no graphs.
+    graphs = [args.graphs] if "graphs" in args else []
+    runtime = code.runtime.choose_runtime(args.device, args.precision, args.compile, *graphs)
     network = code.models.ResNet() if name == "train_resnet" else code.models.resnet18()
     model = runtime.place(network)
     optimizer = script.make_optimizer(model, args, runtime)
@@ -100,13 +102,18 @@ def our_tasks(code: SimpleNamespace, name: str, flags: list[str], images: data.S
     tested = code.data.Batches(images, script.EVAL_BATCH, script.STATS, runtime, full)
     dataset = code.data.Dataset("random", images, images, CLASS_NAMES, "")
 
+    # This run is not started, so it writes no file.
+    run = code.run.Run(args, runtime, dataset, script.REQUIRED, steps_per_epoch=1)
+    run.model, run.network, run.optimizer, run.scheduler = model, model, optimizer, scheduler
+    run.scaler, run.augmentation, run.has_logged_time = runtime.scaler(), None, True
+    sums = torch.zeros(3, device=runtime.device)
+    run.state = code.checkpoint.State({}, code.checkpoint.Position(), sums, [])
+
     def train(size: int, n: int) -> None:
-        # One epoch of n steps of a run that is not started, so it writes no file.
-        run = code.run.Run(args, runtime, dataset, script.REQUIRED, steps_per_epoch=n)
-        run.model, run.network, run.optimizer, run.scheduler = model, model, optimizer, scheduler
-        run.scaler, run.augmentation, run.has_logged_time = runtime.scaler(), None, True
-        sums = torch.zeros(3, device=runtime.device)
-        run.state = code.checkpoint.State({}, code.checkpoint.Position(), sums, [])
+        # The first epoch again, now of n steps; CUDA graphs stay as they are.
+        run.steps_per_epoch = run.total_steps = n
+        run.state.position, run.clock.steps = code.checkpoint.Position(), []
+        run.state.sums.zero_()
         forever = itertools.chain.from_iterable(
             batches.shuffled(0, epoch, 0, size) for epoch in itertools.count())
         code.loop.train_one_epoch(run, forever, script.train_step)
@@ -202,8 +209,8 @@ def measure(
     for task in tasks:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        # A warm-up, and a compilation where there is one.
-        seconds(task.run, 2, device)
+        # A warm-up; a compilation or the capture of a graph, where there is one.
+        seconds(task.run, 4, device)
         counts.append(max(1, round(args.seconds / seconds(task.run, 1, device))))
         column = f"{peak_memory(device):9.2f} GB"
         if device.type == "cuda":
@@ -249,6 +256,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="for a number in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", help="of training in both scripts; else theirs")
+    parser.add_argument("--graphs", action="store_true", help="train by CUDA graphs")
     parser.add_argument("--parts", nargs="+", choices=SIZES, default=list(SIZES),
                         help="the scripts that --against compares")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="only compare with it")
@@ -262,6 +270,7 @@ def main() -> None:
                         torch.arange(IMAGES) % CLASSES)
     flags = ["--device", args.device, "--precision", args.precision]
     flags += ["--batch-size", args.batch_size] if args.batch_size else []
+    flags += ["--graphs"] if args.graphs else []
     if args.against:
         return compare(flags, images, args, device)
     part1, part2 = (our_tasks(modules_of(ROOT), name, flags, images) for name in SIZES)

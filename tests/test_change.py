@@ -206,7 +206,8 @@ def mixed(images, labels, generator):
 
 def test_soft_labels_are_trained_on_and_counted_by_their_likeliest_class(start):
     run, batches = start(models.ResNet())
-    run.augmentation = mixed
+    run.augmentation, run.generator = mixed, torch.Generator()
+    run.seed_augmentation()
     run.epochs, run.total_steps = 1, 1
     images, labels, weight = next(batches.shuffled(0, 0, 0, 8))
     _, soft = run.augment(images, labels)
@@ -238,15 +239,19 @@ def test_an_augmentation_draws_the_same_after_a_resume_and_other_numbers_in_each
         seeds.append(generator.initial_seed())
         return mixed(images, labels, generator)
 
-    run.augmentation = mixed_and_noted
-    images, labels = torch.rand(10, 3, 8, 8), torch.arange(10)
-    first, again = run.augment(images, labels), run.augment(images, labels)
+    def augmented():
+        run.seed_augmentation()
+        return run.augment(torch.ones(10, 3, 8, 8) * torch.arange(10)[:, None, None, None],
+                           torch.arange(10))
+
+    run.augmentation, run.generator = mixed_and_noted, torch.Generator()
+    first, again = augmented(), augmented()
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     drawn = [first[0]]
     for position, rank in ((Position(step=1), 0), (Position(1), 0),
                            (Position(), 1)):
         run.state.position, run.runtime = position, run.runtime._replace(rank=rank)
-        drawn.append(run.augment(images, labels)[0])
+        drawn.append(augmented()[0])
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
     assert data.epoch_seed(run.args.seed, 0) not in seeds, "the order's"
 

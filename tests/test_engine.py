@@ -202,7 +202,7 @@ def test_a_step_of_part_1_launches_few_kernels(make_run, monkeypatch):
     counts["rest"] = whole.count // 9 - sum(counts.values())
     counts["casts"] = casts
     print(counts)
-    most = {"batch": 7, "forward": 83, "backward": 98, "Muon": 100, "rest": 22, "casts": 64}
+    most = {"batch": 7, "forward": 83, "backward": 97, "Muon": 100, "rest": 21, "casts": 64}
     assert all(counts[name] <= most[name] for name in most), counts
     assert sum(counts.values()) < 766 / 2
 

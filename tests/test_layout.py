@@ -17,11 +17,11 @@ ORDER = (
     "report.compare", "report.evaluation", "report.tensorboard",
     "engine.runtime", "engine.process", "engine.optim", "engine.clock", "engine.checks",
     "engine.weight_files", "engine.weights", "engine.checkpoint", "engine.flags",
-    "engine.describe", "engine.run", "engine.loop", "engine.pictures", "engine.inference",
-    "train_resnet", "finetune_resnet18")
+    "engine.describe", "engine.run", "engine.graphs", "engine.loop", "engine.pictures",
+    "engine.inference", "train_resnet", "finetune_resnet18")
 FOLDERS = ("cifar100", "engine", "report")
 SCRIPTS = ("train_resnet", "finetune_resnet18")
-MOST_LINES, ALL_LINES, SCRIPT_LINES = 300, 4353, 135
+MOST_LINES, ALL_LINES, SCRIPT_LINES = 300, 4580, 135
 TOP_LEVEL = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore",
              ".gitattributes", ".ci", ".github", "results", "slurm", "tests", *FOLDERS,
              *(f"{name}.py" for name in ORDER if "." not in name)}

@@ -84,7 +84,8 @@ def test_each_epoch_is_drawn_as_the_command_line_says(name, tmp_path):
         assert [row[column] for row in run.rows()] == [low, low, full, full]
     seeds = [shown.seed for shown in run.trained]
     assert len(set(seeds)) == 4, "the network draws anew in each epoch"
-    assert run.batches[0][1].shape == (25, 10), "soft labels have a share for each class"
+    _, shares, _ = run.batches[0]
+    assert shares.shape == (25, 10), "soft labels have a share for each class"
     for row, *shown in zip(run.rows(), run.tested[::2], run.tested[1::2], strict=True):
         for split, (_, logits, *_) in zip(("val", "test"), shown, strict=True):
             expected = F.cross_entropy(logits.float(), torch.arange(len(logits)) % 10).item()
