@@ -410,8 +410,8 @@ def test_the_recipe_is_all_that_the_numbers_depend_on(monkeypatch, name):
     free = set(vars(args)) - not_flags - set(args.recipe)
     assert free - {"weights"} == {
         "data_dir", "data_url", "no_download", "output_dir", "resume", "overwrite", "eval_only",
-        "predict", "tensorboard", "debug", "device", "compile", "checkpoint_minutes",
-        "max_minutes"}
+        "predict", "tensorboard", "debug", "device", "compile", "graphs",
+        "checkpoint_minutes", "max_minutes"}
 
 
 SHORT = {"weight_decay": 0.01, "low_res": 0.3, "dropout": 0, "crop_padding": 2, "cutmix": 0,
