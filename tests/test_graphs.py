@@ -217,16 +217,6 @@ def adamw(model, args, runtime):
     return torch.optim.AdamW(model.parameters(), 1e-3)
 
 
-def kept(run, model, optimizer, scheduler, *others):
-    """Keep an average of the weights, as engine/README.md does."""
-    run.keep = {"average": AveragedModel(model)}
-
-
-def kept_schedule(run, model, optimizer, scheduler, *others):
-    """Keep something whose state is no tensor."""
-    run.keep = {"steps": torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(model.parameters()))}
-
-
 def with_average(run):
     """Update the average that the run keeps."""
     run.keep["average"].update_parameters(run.model)
@@ -279,16 +269,18 @@ IN_THE_WAY = {
 }
 
 
+@both
 @pytest.mark.parametrize("case", IN_THE_WAY)
-def test_what_a_graph_cannot_repeat_is_eager_and_told_once(case, device, tmp_path, monkeypatch):
+def test_what_a_graph_cannot_repeat_is_eager_and_told_once(name, case, device, tmp_path,
+                                                           monkeypatch):
     reason, own, begin = IN_THE_WAY[case]
     if begin:
         starting(monkeypatch, begin)
     flags = ["--device", device]
-    with_graphs, log = train("train_resnet", tmp_path / "graph", *flags, **own)
+    with_graphs, log = train(name, tmp_path / "graph", *flags, **own)
     assert log.count(NO_GRAPHS) == 1
     assert re.search(rf"{NO_GRAPHS} \(.*({reason}).*\): steps take longer\n", log)
-    eager, _ = train("train_resnet", tmp_path / "eager", *flags, graphs=False, **own)
+    eager, _ = train(name, tmp_path / "eager", *flags, graphs=False, **own)
     assert with_graphs == eager
 
 
