@@ -14,10 +14,8 @@ from report.log import progress
 from utils import UserError, guard, log
 
 HIDDEN = re.compile(r"\.|__MACOSX$")
-# PIL knows files of these formats, but reads no pixels of them without another program.
-WITHOUT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# PIL scales the pixels of such PNGs to 0..255, but not the grey or colour that is transparent.
-UNITS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
+# PIL knows files of these formats, but reads no pixels of them, or not without another program.
+WITHOUT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 
 
 def read_pictures(paths: list[Path], side: int = 32, rank: int = 0
@@ -62,8 +60,8 @@ def count_passed_over(unread: int, others: int) -> None:
 
 def _search(folder: Path, unread: list[str]) -> tuple[list[Path], int]:
     """Return all pictures in a folder, and how many other files; add to `unread` what is closed."""
-    kinds = Image.registered_extensions()  # which loads all formats
-    readable = {*Image.OPEN, "MPO"} - WITHOUT_PIXELS  # an MPO is opened as a JPEG
+    readable = {suffix for suffix, kind in Image.registered_extensions().items()
+                if kind not in WITHOUT_PIXELS}
     pictures, others, closed, seen = [], 0, [], set()
     for place, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # by a link
@@ -72,7 +70,7 @@ def _search(folder: Path, unread: list[str]) -> tuple[list[Path], int]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not HIDDEN.match(name))
         shown = [Path(place, name) for name in names if not HIDDEN.match(name)]
-        pictures += [path for path in shown if kinds.get(path.suffix.lower()) in readable]
+        pictures += [path for path in shown if path.suffix.lower() in readable]
         others += len(shown)
     unread += [f"{error.filename}: cannot be searched ({error.strerror})" for error in closed]
     return sorted(pictures), others - len(pictures)
@@ -86,10 +84,6 @@ def _read(file: Path, side: int) -> Tensor:
         if file.is_fifo():
             raise ValueError("a pipe")  # opening it would wait for a writer
         with Image.open(file) as opened:
-            unit = UNITS.get(opened.tile[0][3]) if opened.format == "PNG" else None
-            if unit and "transparency" in opened.info:
-                clear = np.multiply(opened.info["transparency"], unit).astype(int).tolist()
-                opened.info["transparency"] = tuple(clear) if unit < 1 else clear
             picture = _over_white(ImageOps.exif_transpose(opened))
         # Over white before it is scaled: else hidden colours would bleed into the visible ones.
         pixels = np.array(ImageOps.fit(picture, (side, side)))  # (side, side, 3)
@@ -98,14 +92,12 @@ def _read(file: Path, side: int) -> Tensor:
 
 def _over_white(picture: Image.Image) -> Image.Image:
     """Return a picture in RGB as it looks on a white page."""
-    clear = picture.info.get("transparency")  # a grey, a colour, or the alphas of a palette
     if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
         pixels = np.asarray(picture)
-        pixels = np.where(pixels == clear, 255, (pixels // 256).clip(0, 255))
+        is_clear = pixels == picture.info.get("transparency")  # a grey
+        pixels = np.where(is_clear, 255, (pixels // 256).clip(0, 255))
         return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
-    has_alpha = (picture.mode in ("LA", "PA", "RGBA", "RGBa")
-                 or (picture.mode == "P" and picture.palette.mode == "RGBA"))
-    if clear is None and not has_alpha:
+    if not picture.has_transparency_data:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     page = Image.new("RGB", picture.size, "white")
