@@ -15,7 +15,7 @@ from engine.pictures import count_passed_over, read_pictures
 from engine.runtime import Runtime
 from report import evaluation, runs
 from report.log import log_words, progress
-from utils import UserError, guard, log
+from utils import log
 
 
 def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable,
@@ -57,10 +57,7 @@ def _load(model: nn.Module, directory: Path) -> str:
         weights.load(model, directory / "model.pt")
         return ""
     path, content, problem = found
-    with guard(f"{path}: of another network", Exception):
-        if misfit := weights.difference(content["model"], model.state_dict()):
-            raise UserError(f"{path}: of another network: {misfit}")
-        model.load_state_dict(content["model"], strict=False)
+    weights.load_state(model, content["model"], path)
     if problem:
         log.info(f"warning    {problem}; the checkpoint before it is used")
     position = checkpoint.Position(**content["position"])

@@ -1,6 +1,5 @@
 """Find and download the first weights of a network, and fit those of a file to it."""
 
-import hashlib
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from engine import weight_files
-from utils import DamagedFile, UserError, guard, load_tensors, log
+from utils import UserError, guard, load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts lie
 # The ImageNet file of the course (2018) and the one that torchvision downloads today.
@@ -73,11 +72,6 @@ def load_first(model: nn.Module, args: Namespace, head: str) -> None:
     with guard(f"{path}: weights of another network", Exception):
         model.load_state_dict(weights, strict=False)
     args.weights_in_words += f" ({words})" if words else ""
-    if path.name in RESNET18_FILES:
-        # The name holds 8 digits of the SHA-256; the format has no checksum of its own.
-        digest = path.stem.rpartition("-")[2]
-        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-            log.info(f"note       {path}: not the official SHA-256; only its form is checked")
 
 
 def fit(path: Path, model: nn.Module, head: str) -> tuple[dict[str, Tensor], str]:
@@ -110,19 +104,17 @@ def _find(content: Any, needed: dict) -> list[Found]:  # noqa: ANN401
         if id(container) in seen or not isinstance(container, (dict, list, tuple)):
             continue
         seen.add(id(container))
-        is_dict, tensors = isinstance(container, dict), {}
-        for key, value in container.items() if is_dict else enumerate(container):
-            if isinstance(key, str) and isinstance(value, Tensor):
-                tensors[key] = value
-            elif isinstance(value, (dict, list, tuple)):
-                queue.append((f"{place}/{key}" if place else str(key), value))
+        items = container if isinstance(container, dict) else dict(enumerate(container))
+        queue += [(f"{place}/{key}" if place else str(key), each) for key, each in items.items()]
+        tensors = {key: value for key, value in items.items()
+                   if isinstance(key, str) and isinstance(value, Tensor)}
         counts = Counter(name[: len(name) - len(wanted)] for name in tensors for wanted in needed
                          if f".{name}".endswith(f".{wanted}"))
         places += [(count, Found(place, tensors, prefix))
                    for prefix, count in (counts or {"": 0}).items() if tensors]
-    most = max((count for count, _ in places), default=0)
-    best = [found for count, found in places if count == most]
-    return best if most == len(needed) else best[:1]
+    places.sort(key=lambda place: place[0], reverse=True)
+    whole = [found for count, found in places if count == len(needed)]
+    return whole or [found for _, found in places[:1]]
 
 
 def _take(found: Found, now: dict[str, Tensor], head: str) -> tuple[dict[str, Tensor], str]:
@@ -130,10 +122,9 @@ def _take(found: Found, now: dict[str, Tensor], head: str) -> tuple[dict[str, Te
     weights = found.weights()
     its_head, head_now = ({name: value for name, value in state.items() if _is_in(name, head)}
                           for state in (weights, now))
-    keeps_head = bool(head_now) and not difference(its_head, head_now)
+    keeps_head = not difference(its_head, head_now)
     taken = {name: value for name, value in weights.items()
-             if name in now and value.shape == now[name].shape
-             and (keeps_head or name not in its_head)}
+             if name in now and (keeps_head or name not in its_head)}
     phrases, last = found.origin(), its_head.get(f"{head}.weight")
     if its_head:
         size = f" of {len(last)}" if last is not None and last.ndim else ""
@@ -150,12 +141,11 @@ def _take(found: Found, now: dict[str, Tensor], head: str) -> tuple[dict[str, Te
 
 def load(model: nn.Module, path: Path) -> None:
     """Load a run's model.pt; raises UserError unless all of it fits."""
-    if path is None:
-        raise UserError("no weights: name their file, for example with --weights")
-    try:
-        state = load_tensors(path)
-    except DamagedFile as error:
-        raise UserError(f"{error}; get or make it again") from error
+    load_state(model, load_tensors(path), path)
+
+
+def load_state(model: nn.Module, state: dict, path: Path) -> None:
+    """Load a state_dict that was read from `path`; raises UserError unless all of it fits."""
     with guard(f"{path}: weights of another network", Exception):
         if misfit := difference(state, model.state_dict()):
             raise UserError(f"{path}: weights of another network: {misfit}")

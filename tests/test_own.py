@@ -36,7 +36,6 @@ import report.evaluation
 import report.log
 import report.runs
 import utils
-from engine import weights
 from engine.checkpoint import Position
 from engine.clock import Clock
 from engine.flags import Parser, bounded
@@ -478,11 +477,6 @@ def test_numbers_of_numpy_in_a_state_are_given_back(tmp_path, monkeypatch):
             assert run.status == (utils.STOPPED if more else 0), run.message
         ends.append(result(tmp_path / part))
     assert ends[0] == ends[1]
-
-
-def test_weights_of_none_are_one_line():
-    with pytest.raises(utils.UserError, match="no weights: name their file"):
-        weights.load(nn.Linear(1, 1), None)
 
 
 def test_a_network_of_one_size_is_one_line_before_the_first_step(runtime):

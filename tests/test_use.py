@@ -385,7 +385,7 @@ def test_a_checkpoint_of_another_network_is_one_line(run_dir, use, pictures, tmp
     output_dir = shutil.copytree(run_dir, tmp_path / "run")
     (output_dir / "model.pt").unlink()
     write_state(run_dir, output_dir / "checkpoint.pt", 3, model=models.ResNet(10).state_dict())
-    says = r"checkpoint\.pt: of another network: it has fc\.weight \(10, 256\), where this one"
+    says = r"checkpoint\.pt: weights of another network: it has fc\.weight \(10, 256\), where"
     with pytest.raises(utils.UserError, match=says):
         predicted(use, output_dir, pictures)
 
