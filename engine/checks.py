@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from data import Dataset
 from engine.runtime import Runtime
 from utils import UserError, guard, log, plain
+
+BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d  # which average within a process
 
 
 def check_groups(model: nn.Module, groups: list[dict]) -> None:
@@ -79,7 +82,6 @@ def check_outputs(model: nn.Module, sizes: set[int], dataset: Dataset, runtime: 
                             f"({len(logits)}, {classes}), for there are {classes} classes")
 
 
-@torch.no_grad()
 def check_single_images(model: nn.Module, still: set[nn.Module], images: int, batch_size: int,
                         epochs: Iterable[tuple[int, int]], runtime: Runtime) -> None:
     """Raise UserError if batch norm cannot train on a batch of which a process has one image.
@@ -93,22 +95,15 @@ def check_single_images(model: nn.Module, still: set[nn.Module], images: int, ba
              if (last if steps * batch_size >= images else batch_size) < least}
     if not sizes or images < least:
         return
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.train()
-    for module in still:
-        module.training = False
-    devices = [runtime.device] if runtime.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices), runtime.autocast():
-            for size in sizes:
-                model.forward(torch.zeros(1, 3, size, size, device=runtime.device))
-    except ValueError as error:
-        batch = "the last batch of an epoch" if batch_size >= least else "a batch"
-        share = "a process's share of " if runtime.ranks > 1 else ""
-        fitting = [size for size in range(least, images + 1) if (images % size or size) >= least]
-        nearest = min(fitting, key=lambda size: abs(size - batch_size))
-        raise UserError(f"{share}{batch} would hold one image, which batch norm cannot train on; "
-                        f"--batch-size {nearest} would do") from error
-    for buffer, value in before:
-        buffer.copy_(value)
-    model.eval()
+
+    def check_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        is_norm = isinstance(module, BATCH_NORMS) and module not in still
+        if is_norm and inputs[0][0, 0].numel() == 1:  # of one image's first channel
+            raise UserError(f"{images:,} images in batches of {batch_size:,} leave a process a "
+                            "single one, which batch norm cannot train on; try another "
+                            "--batch-size")
+
+    model.eval()  # so that the trial leaves no trace
+    with register_module_forward_pre_hook(check_input), torch.no_grad(), runtime.autocast():
+        for size in sizes:
+            model.forward(torch.zeros(1, 3, size, size, device=runtime.device))
