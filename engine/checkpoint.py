@@ -15,7 +15,7 @@ from data import epoch_seed
 from engine.process import AT_END, log_to
 from engine.runtime import Runtime
 from engine.weights import difference
-from report import evaluation, run_report, runs
+from report import evaluation, runs
 from report.log import files_line, log_words
 from report.write import write_text
 from utils import ELSEWHERE, UserError, guard, log, plain
@@ -128,7 +128,7 @@ def open_directory(directory: Path, state: State, config: dict, resume: bool,
     found, problem = load(directory, state, config) if resume else (None, "")
     if not found:
         later_code = (path.name for path in directory.glob(f"code-{12 * '[0-9a-f]'}.zip"))
-        for name in (*RUN_FILES, *run_report.RUN_REPORTS, *evaluation.TEST_REPORTS, *later_code):
+        for name in (*RUN_FILES, *evaluation.RUN_REPORTS, *evaluation.TEST_REPORTS, *later_code):
             (directory / name).unlink(missing_ok=True)
     log_to(logging.FileHandler(directory / "log.txt", "a", "utf-8", errors="replace"))
     if problem:
@@ -230,8 +230,8 @@ def write_results(directory: Path, model: nn.Module, history: list[dict]) -> Non
     # Contiguous, which safetensors and .view() want, unlike the network's own (channels last).
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     utils.save_tensors(directory / "model.pt", weights)
-    run_report.write_run_report(directory, history)
-    log.info(files_line(directory, (*RUN_FILES, *run_report.RUN_REPORTS)))
+    evaluation.write_run_report(directory, history)
+    log.info(files_line(directory, (*RUN_FILES, *evaluation.RUN_REPORTS)))
 
 
 def exists(directory: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Report on the test set: scores, superclasses, confusions, calibration; and predictions."""
+"""Report on a run, and on the test set: scores, superclasses, confusions; and predictions."""
 
 import sys
 from collections.abc import Sequence
@@ -10,14 +10,40 @@ from torch import Tensor
 
 from cifar100.classes import SUPERCLASS_OF
 from data import Dataset
+from report.curves import draw_curves
 from report.log import Metrics, files_line, score, top5
+from report.runs import group_runs, read_run, summary_table
 from report.write import csv_table, markdown_table, write_picture, write_text
-from utils import guard, log
+from utils import UserError, guard, log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+RUN_REPORTS = ("report.md", "curves.png")
 TEST_REPORTS = ("test-report.md", "confusion.csv", "confusion.png", "mistakes.png")
+ENVIRONMENT = ("runtime", "processor", "torch", "torchvision", "numpy", "python", "system",
+               "weights_sha256")
+
+
+def write_run_report(directory: Path, history: list[dict]) -> None:
+    """Write report.md and curves.png into a run's directory; raises OSError."""
+    try:
+        record = read_run(directory, history)
+    except UserError as error:
+        log.info(f"warning    no report: {error}")
+        return
+    config, last, network = record.config, history[-1], record.config["network"]
+    images = "CIFAR-100" if config["dataset"] == "cifar100" else f"{config['dataset']} images"
+    layers = [*network["layers"], ("all", network["name"], network["parameters"])]
+    environment = ((name, config[name]) for name in ENVIRONMENT if config.get(name))
+    write_text(directory / "report.md", "".join([
+        f"# {network['name']} on {images}: {last['test_acc']:.2%} after epoch {last['epoch']:.0f}",
+        "\n\n", summary_table([record]),
+        write_picture(directory / "curves.png", "## Curves", draw_curves, group_runs([record])),
+        "## Network\n\n", markdown_table(("layer", "kind", "parameters"), [
+            (*layer, f"{count:,}") for *layer, count in layers]),
+        "## Recipe\n\n", markdown_table(("", ""), config["in_words"].items()),
+        "## Environment\n\n", markdown_table(("", ""), environment)]))
 
 
 def write_test_report(logits: Tensor, dataset: Dataset, into: Path, note: str = "") -> None:
@@ -41,11 +67,6 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path, note: str = 
         write_text(into / "confusion.csv", csv_table(("class", *names), rows))
         text = f"# The test set of {dataset.name}\n\n" + (f"{note}\n\n" if note else "")
         text += _score_tables(metrics, confusion, names, superclasses)
-        # The expected calibration error: |accuracy - confidence|, averaged over bins.
-        bins = (15 * confidence).ceil().long().clamp(1, 15)
-        gaps = bins.bincount((taken == labels).double() - confidence.double())
-        text += (f"The expected calibration error is {gaps.abs().sum() / len(bins):.4f} (15 bins, "
-                 "Guo et al. 2017, arXiv:1706.04599).\n\n")
         text += write_picture(into / "confusion.png", "## Confusion (numbers: confusion.csv)",
                               draw_confusion, confusion, superclasses)
         text += write_picture(into / "mistakes.png", "## The surest mistakes", draw_mistakes,
@@ -90,7 +111,7 @@ def _share(count: float, whole: float) -> str:
 
 def _score_tables(metrics: Metrics, confusion: np.ndarray, names: Sequence[str],
                   superclasses: dict[str, list[int]]) -> str:
-    """Return the tables of the whole set, the superclasses, the classes and the confused pairs."""
+    """Return the tables of the whole set, the superclasses and the classes."""
     text = markdown_table(("top-1 accuracy", "top-5 accuracy", "cross entropy", "images"), [
         (f"{metrics.accuracy:.2%}", f"{metrics.top5:.2%}", f"{metrics.loss:.3f} nats",
          f"{metrics.images:,}")])
@@ -107,11 +128,7 @@ def _score_tables(metrics: Metrics, confusion: np.ndarray, names: Sequence[str],
         ("class", "accuracy", "most often taken for"),
         [(names[label], _share(right[label], totals[label]), others[label])
          for label in (right / np.maximum(totals, 1)).argsort(kind="stable")])
-    both = np.triu(mistaken + mistaken.T)
-    worst = [divmod(index, len(names)) for index in (-both).argsort(axis=None, kind="stable")[:20]]
-    return text + "## The most confused pairs\n\n" + markdown_table(
-        ("one", "other", "one taken for the other", "other for the one"),
-        [(names[a], names[b], mistaken[a, b], mistaken[b, a]) for a, b in worst if both[a, b]])
+    return text
 
 
 def print_predictions(logits: Tensor, class_names: Sequence[str], files: list[Path]) -> None:

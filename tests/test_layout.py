@@ -13,7 +13,7 @@ ORDER = (
     "cifar100.classes", "cifar100.unpickle", "cifar100.files", "cifar100.parquet",
     "cifar100.formats", "cifar100.download", "cifar100.synthetic",
     "data",
-    "report.log", "report.write", "report.runs", "report.curves", "report.run_report",
+    "report.log", "report.write", "report.runs", "report.curves",
     "report.compare", "report.evaluation", "report.tensorboard",
     "engine.runtime", "engine.process", "engine.optim", "engine.clock", "engine.checks",
     "engine.weight_files", "engine.weights", "engine.checkpoint", "engine.flags",

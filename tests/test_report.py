@@ -19,7 +19,7 @@ import report.runs
 import train_resnet
 import utils
 from report.compare import compare
-from report.run_report import write_run_report
+from report.evaluation import write_run_report
 from report.runs import read_run
 
 COLUMNS = ("lr", "train_loss", "train_acc", "val_loss", "val_acc", "val_top5", "test_loss",

@@ -20,7 +20,7 @@ from tiny import SCRIPTS, noise, train
 
 import engine.checkpoint
 import engine.run
-import report.run_report
+import report.evaluation
 import utils
 
 # With all that draws random numbers. Before --crop-padding there was, images were padded by 4.
@@ -84,7 +84,7 @@ class Whole:
         allowed = {".lock", "checkpoint-previous.pt"}
         if "curves.png is not drawn" in process.stdout:
             allowed.add("curves.png")
-        expected = {*engine.checkpoint.RUN_FILES, *report.run_report.RUN_REPORTS, ".lock"}
+        expected = {*engine.checkpoint.RUN_FILES, *report.evaluation.RUN_REPORTS, ".lock"}
         assert set(contents(output_dir)) | allowed == expected, "no temporary file is left"
         assert result(output_dir) == self.result
 

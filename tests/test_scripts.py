@@ -29,8 +29,8 @@ from helpers import (
 import engine.checkpoint
 import engine.optim
 import models
+import report.evaluation
 import report.log
-import report.run_report
 
 # Flags without which a script needs files that a test has not.
 SMALL = {"train_resnet": [],
@@ -92,7 +92,7 @@ def test_the_log_has_header_epoch_line_and_verdict(finished, name):
 @both
 def test_the_files_say_the_same(finished, name):
     process, output_dir = finished[name]
-    written = {*engine.checkpoint.RUN_FILES, *report.run_report.RUN_REPORTS, ".lock"}
+    written = {*engine.checkpoint.RUN_FILES, *report.evaluation.RUN_REPORTS, ".lock"}
     assert set(contents(output_dir)) == written - {"checkpoint-previous.pt"}
     (row,) = rows(output_dir)
     assert (row["dataset"], row["epoch"], row["epochs"]) == ("synthetic", "1", "1")
