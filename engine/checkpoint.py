@@ -125,31 +125,22 @@ def open_directory(directory: Path, state: State, config: dict, resume: bool,
         raise UserError(f"{directory}: another process is at work on this run")
     # Check again, for loading the data took a while.
     check_output_dir(directory, resume, overwrite, use_model=False)
-    found, problem = load(directory, state, config) if resume else (None, "")
-    if not found:
-        later_code = (path.name for path in directory.glob(f"code-{12 * '[0-9a-f]'}.zip"))
-        for name in (*RUN_FILES, *evaluation.RUN_REPORTS, *evaluation.TEST_REPORTS, *later_code):
+    if not (resume and exists(directory)):
+        for name in (*RUN_FILES, *evaluation.RUN_REPORTS, *evaluation.TEST_REPORTS):
             (directory / name).unlink(missing_ok=True)
     log_to(logging.FileHandler(directory / "log.txt", "a", "utf-8", errors="replace"))
-    if problem:
-        log.info(f"warning    {problem}; the checkpoint before it is used")
-    return found
-
-
-def load(directory: Path, state: State, config: dict) -> tuple[dict | None, str]:
-    """Return the checkpoint to go on from, and how a newer one is damaged; raises UserError."""
     if not exists(directory):
-        return None, ""
-    path, checkpoint, problem = read(directory)
+        return None
+    path, checkpoint = read(directory)
     with guard(f"{path}: not a checkpoint", Exception, "; --overwrite starts again"):
         state.check(path, checkpoint, config)
     # Else the next save would keep a damaged file as the previous one.
     os.replace(path, directory / CHECKPOINTS[0])
-    return checkpoint, problem
+    return checkpoint
 
 
-def read(directory: Path) -> tuple[Path, dict, str]:
-    """Return the newest whole checkpoint's file and content, and how a newer one is damaged.
+def read(directory: Path) -> tuple[Path, dict]:
+    """Return the newest whole checkpoint's file and content; log how a newer one is damaged.
 
     Another process may be writing checkpoints. Raises UserError if there is none.
     """
@@ -159,7 +150,9 @@ def read(directory: Path) -> tuple[Path, dict, str]:
             checkpoint = utils.load_tensors(path)
             if missing := CONTENT - checkpoint.keys():
                 raise utils.DamagedFile(f"{path}: no checkpoint, it lacks {min(missing)}")
-            return path, checkpoint, "".join(damaged)
+            for problem in damaged:
+                log.info(f"warning    {problem}; the checkpoint before it is used")
+            return path, checkpoint
         except utils.DamagedFile as error:
             damaged.append(str(error))
         except UserError as error:
@@ -170,27 +163,9 @@ def read(directory: Path) -> tuple[Path, dict, str]:
                     "starts again")
 
 
-def unfinished(directory: Path) -> tuple[Path, dict, str] | None:
-    """Return what `read` does, or None if model.pt is of the run's end; raises UserError."""
-    has_model = (directory / "model.pt").exists()
-    try:
-        path, checkpoint, problem = read(directory)
-        with guard(f"{path}: not a checkpoint", Exception):
-            is_last = Position(**checkpoint["position"]).is_last
-    except UserError:
-        if has_model:
-            return None
-        raise
-    # A run that was finished, and resumed from an older checkpoint, has the former model.pt.
-    if has_model and (is_last or path.name != CHECKPOINTS[0]):
-        return None
-    return path, checkpoint, problem
-
-
 def log_start(directory: Path, found: dict | None, config: dict) -> None:
     """Log what the run is and where it goes on; write config.json if it is new or of new code."""
     log_words(config["in_words"])
-    archive = directory / "code.zip"
     if found:
         position = Position(**found["position"])
         log.info(f"resume     after {position.epoch} epochs and {position.step} steps")
@@ -207,10 +182,10 @@ def log_start(directory: Path, found: dict | None, config: dict) -> None:
         modules = f"{found['code']['modules']} then {config['code']['modules']}"
         config["code"] |= {"changed": True, "modules": modules}
         config["in_words"]["code"] = f"changed while it was trained: {modules}"
-        archive = directory / f"code-{modules[-12:]}.zip"
-    elif config["settings"]["resume"]:
-        log.info(f"resume     no checkpoint in {directory}, so the run begins")
-    utils.write_atomically(archive, runs.zip_code())
+    else:
+        if config["settings"]["resume"]:
+            log.info(f"resume     no checkpoint in {directory}, so the run begins")
+        utils.write_atomically(directory / "code.zip", runs.zip_code())
     write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from engine.pictures import count_passed_over, read_pictures
 from engine.runtime import Runtime
 from report import evaluation, runs
 from report.log import log_words, progress
-from utils import log
+from utils import guard, log
 
 
 def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable,
@@ -52,15 +52,14 @@ def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable
 
 
 def _load(model: nn.Module, directory: Path) -> str:
-    """Load model.pt, or a checkpoint while the run is not finished; return a line on that."""
-    if not (found := checkpoint.unfinished(directory)):
+    """Load model.pt, or a checkpoint if the run has not written it; return a line on that."""
+    if (directory / "model.pt").exists():
         weights.load(model, directory / "model.pt")
         return ""
-    path, content, problem = found
+    path, content = checkpoint.read(directory)
     weights.load_state(model, content["model"], path)
-    if problem:
-        log.info(f"warning    {problem}; the checkpoint before it is used")
-    position = checkpoint.Position(**content["position"])
+    with guard(f"{path}: not a checkpoint", Exception):
+        position = checkpoint.Position(**content["position"])
     steps = f" and {position.step} steps of the next" if position.step else ""
     line = f"{path}, after epoch {position.epoch}{steps}: the run is not finished"
     if content.get("keep"):

@@ -372,15 +372,6 @@ def test_the_model_of_a_finished_run_is_used(run_dir, use, pictures, tmp_path, c
     assert predicted(use, output_dir, pictures) == (5, "")
 
 
-def test_a_finished_run_that_goes_on_from_an_older_checkpoint_is_not_finished(
-        run_dir, use, pictures, tmp_path):
-    output_dir = shutil.copytree(run_dir, tmp_path / "run")
-    write_model(output_dir, 5)
-    write_state(run_dir, output_dir / "checkpoint.pt", 3)
-    likeliest, log = predicted(use, output_dir, pictures)
-    assert likeliest == 3 and "checkpoint.pt, after epoch 1: the run is not finished" in log
-
-
 def test_a_checkpoint_of_another_network_is_one_line(run_dir, use, pictures, tmp_path):
     output_dir = shutil.copytree(run_dir, tmp_path / "run")
     (output_dir / "model.pt").unlink()
