@@ -11,7 +11,7 @@ from pathlib import Path
 
 from report.curves import draw_curves
 from report.log import files_line
-from report.runs import RunRecord, differences, group_runs, read_run, summary_table
+from report.runs import RunRecord, group_runs, read_run, summary_table
 from report.write import markdown_table, write_picture, write_text
 from utils import UserError, guard, log, one_line, user_path
 
@@ -32,7 +32,7 @@ def compare(directories: list[Path], into: Path) -> None:
     if not records:
         raise UserError("; ".join(unread))
     groups = group_runs(records)
-    notes = [*(f"warning    {error}" for error in unread), *_notes(records, groups), MEANS_NOTE]
+    notes = [*(f"warning    {error}" for error in unread), *_notes(groups), MEANS_NOTE]
     means = {label: _means(group) for label, group in groups.items()}
     with guard(f"--output-dir {into}: cannot be written", OSError):
         into.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,8 @@ def _means(group: list[RunRecord]) -> dict[str, str]:
     return cells
 
 
-def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list[str]:
-    """Return a line on each group that has a seed twice, or other code, network or images."""
+def _notes(groups: dict[str, list[RunRecord]]) -> list[str]:
+    """Return a line on each group that has a seed twice."""
     notes = []
     for label, group in groups.items():
         seeds = [record.config["settings"]["seed"] for record in group]
@@ -72,11 +72,6 @@ def _notes(records: list[RunRecord], groups: dict[str, list[RunRecord]]) -> list
                 for seed, record in zip(seeds, group, strict=True) if seeds.count(seed) > 1]
         if same:
             notes.append(f"warning    {label}: runs that are not independent: {', '.join(same)}")
-        kinds = [name for name in differences(group[0], records) if not name.startswith("--")]
-        if kinds:
-            runs = ", ".join(str(record.directory) for record in group)
-            notes.append(f"note       {label}: kept apart from runs of other "
-                         f"{' and '.join(kinds)}: {runs}")
     return notes
 
 

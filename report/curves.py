@@ -43,9 +43,8 @@ def _draw_groups(panels: Sequence["Axes"], groups: dict[str, list[RunRecord]]) -
     """Draw the groups of one script into its panels; return what the legend explains."""
     loss, accuracy, rate = panels
     handles, common = [], {}  # of the groups, and by label of what they have in common
-    mixed = [bool(records[0].config["settings"].get("cutmix")) for records in groups.values()]
-    where = "" if all(mixed) else ", where it is above 0"
-    cutmix = f" (partly with CutMix{where})" if any(mixed) else ""
+    is_mixed = any(records[0].config["settings"].get("cutmix") for records in groups.values())
+    cutmix = " (partly with CutMix)" if is_mixed else ""
     for i, (name, records) in enumerate(groups.items()):
         look = {"color": COLOURS[i % 5], "marker": MARKERS[i // 5 % 2], "markersize": 4}
         name += f" ({len(records)} runs)" if len(records) > 1 else ""

@@ -17,10 +17,6 @@ from report.write import csv_table, markdown_table, write_text
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-# Texts for settings in a legend. Other settings are called by the name of their flag.
-LEGEND = {"epochs": "{} epochs", "max_steps": "{} steps", "lr": "learning rate {}",
-          "val_size": "{} images held out", "image_size": "{} pixels", "dataset": "{} images",
-          "low_res": "{} of the epochs at low resolution", "precision": "{}"}
 
 
 class RunRecord(NamedTuple):
@@ -142,38 +138,22 @@ def group_runs(records: list[RunRecord]) -> dict[str, list[RunRecord]]:
     """Group the runs that differ only in the seed; keys name the script and what differs."""
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        label = ", ".join([record.config["script"], *differences(record, records).values()])
+        rivals = [_identity(other.config) for other in records
+                  if other.config["script"] == record.config["script"]]
+        differences = [text for text in _identity(record.config)
+                       if not all(text in rival for rival in rivals)]
+        label = ", ".join([record.config["script"], *differences])
         groups.setdefault(label, []).append(record)
     return groups
 
 
-def differences(record: RunRecord, records: list[RunRecord]) -> dict[str, str]:
-    """Describe how a run differs from the script's other runs, ignoring the seed."""
-    others = [_identity(other.config) for other in records
-              if other.config["script"] == record.config["script"]]
-    differences = {}
-    for name, (value, words) in _identity(record.config).items():
-        theirs = [other.get(name, (None, None)) for other in others]
-        rivals = {other_words for other, other_words in theirs if other != value}
-        if rivals:
-            # Two versions of changed code have the same words.
-            differences[name] = f"{words} ({value})" if words in rivals else words
-    return differences
-
-
-def _identity(config: dict) -> dict[str, tuple[object, str]]:
-    """Return what runs must agree in to be averaged: by name, the value and the legend's text."""
-    identity, code, network = {}, config["code"], config["network"]
+def _identity(config: dict) -> list[str]:
+    """Return what runs must agree in to be averaged, as texts for a legend."""
+    network, settings = config["network"], config["settings"] | {"dataset": config["dataset"]}
     # A resumed run may omit --weights, so it is not in the recipe, but it makes another network.
-    for name in (*config["recipe"], "weights"):
-        value = {**config["settings"], "dataset": config["dataset"]}.get(name)
-        if value is not None and name != "seed":
-            words = LEGEND.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
-            identity[f"--{name}"] = value, words
-    # Older runs trained all parameters.
-    network = {"trained": network["parameters"], **network}
+    texts = [f"{name.replace('_', ' ')} {settings[name]}" for name in (*config["recipe"], "weights")
+             if settings.get(name) is not None and name != "seed"]
     layers = f"{zlib.crc32(repr(network).encode()):08x}"
-    return identity | {
-        "code": (code["modules"], name_of_code(code)),
-        "network": (layers, f"{network['name']} of {network['parameters']:,} parameters"),
-        "images": (config["data"], f"images {config['data']:08x}")}
+    return [*texts, f"code {config['code']['modules']}",
+            f"{network['name']} of {network['parameters']:,} parameters ({layers})",
+            f"images {config['data']:08x}"]
