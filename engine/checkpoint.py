@@ -36,11 +36,6 @@ class Position:
     train_seconds: float = 0.0  # of its training part; 0 until that is done
     history: list[dict] = dataclasses.field(default_factory=list)  # the rows of metrics.csv
 
-    @property
-    def is_last(self) -> bool:
-        """Whether no epoch is left to train."""
-        return self.epoch > 0 and self.epoch == self.history[-1]["epochs"]
-
 
 @dataclasses.dataclass
 class State:
@@ -68,9 +63,9 @@ class State:
         with guard("the checkpoint is of another optimizer", ValueError, f"; {ELSEWHERE}"):
             for name, part in self.trained.items():
                 part.load_state_dict(checkpoint[name])
-        for name, part in self.keep.items():
+        for name in {**self.keep, **checkpoint["keep"]}:  # one of them may lack it
             with guard(f"the checkpoint is of another {name}", Exception, f"; {ELSEWHERE}"):
-                part.load_state_dict(checkpoint["keep"][name])
+                self.keep[name].load_state_dict(checkpoint["keep"][name])
         self.position, by_rank = Position(**checkpoint["position"]), checkpoint["ranks"]
         if len(by_rank) != runtime.ranks:
             if runtime.rank == 0:  # it takes the sums of all ranks, so that each image counts once
@@ -110,10 +105,6 @@ class State:
         if changed:
             raise UserError(f"{path}: cannot go on with another optimizer or schedule: "
                             f"{', '.join(changed[:5])}; {ELSEWHERE}")
-        if checkpoint["keep"].keys() != self.keep.keys():
-            was, is_now = (", ".join(each) or "nothing" for each in (checkpoint["keep"], self.keep))
-            raise UserError(f"{path}: of a run that keeps {was}, and this one keeps {is_now}; "
-                            f"{ELSEWHERE}")
 
 
 def open_directory(directory: Path, state: State, config: dict, resume: bool,
@@ -174,7 +165,7 @@ def log_start(directory: Path, found: dict | None, config: dict) -> None:
         if before != now:
             log.info(f"note       it comes from {before}: the end will not be the same bits")
         note = runs.code_has_changed(found["code"], config["code"])
-        if not note or position.is_last:
+        if not note or (directory / "model.pt").exists():  # then nothing is left to train
             config["code"] = found["code"]
             return
         log.info(note)

@@ -93,7 +93,7 @@ def check_single_images(model: nn.Module, still: set[nn.Module], images: int, ba
     least, last = 2 * runtime.ranks, images % batch_size or batch_size
     sizes = {size for steps, size in epochs
              if (last if steps * batch_size >= images else batch_size) < least}
-    if not sizes or images < least:
+    if not sizes or images < least:  # no other batch size would do
         return
 
     def check_input(module: nn.Module, inputs: tuple[Tensor]) -> None:

@@ -114,12 +114,10 @@ def plan(args: Namespace, model: nn.Module, sizes: Sizes, total_steps: int, step
         changes.append(f"CutMix until epoch {len(mixed) - mixed.count(0)}")
     if augment:
         changes.append(getattr(augment, "__name__", type(augment).__name__))
-    tested = f", tested at this size, the last at {sizes.test[-1]}px" if min(sizes.train) < max(
-        sizes.test) else ""
     return lines | {
         "output": str(args.output_dir),
         "steps": f"{total_steps:,}, {steps_per_epoch:,} an epoch",
-        "images": f"epochs: {', '.join(epochs)}{tested}; random {', '.join(changes)}"}
+        "images": f"epochs: {', '.join(epochs)}; random {', '.join(changes)}"}
 
 
 def network(model: nn.Module) -> dict:

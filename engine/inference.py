@@ -15,7 +15,7 @@ from engine.pictures import count_passed_over, read_pictures
 from engine.runtime import Runtime
 from report import evaluation, runs
 from report.log import log_words, progress
-from utils import guard, log
+from utils import guard, load_tensors, log
 
 
 def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable,
@@ -41,8 +41,7 @@ def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable
     logits, _ = loop.infer(model, progress(batches, "test", runtime.rank), runtime)
     if runtime.rank:
         return
-    note = runs.code_has_changed(args.trained.get("code"), runs.describe_code())
-    if note and args.trained:
+    if note := runs.code_has_changed(args.trained.get("code"), runs.describe_code()):
         log.info(note)
     if args.predict:
         evaluation.print_predictions(logits, args.trained.get("classes", CLASS_NAMES), files)
@@ -53,11 +52,12 @@ def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable
 
 def _load(model: nn.Module, directory: Path) -> str:
     """Load model.pt, or a checkpoint if the run has not written it; return a line on that."""
-    if (directory / "model.pt").exists():
-        weights.load(model, directory / "model.pt")
+    path = directory / "model.pt"
+    if path.exists():
+        weights.load(model, load_tensors(path), path)
         return ""
     path, content = checkpoint.read(directory)
-    weights.load_state(model, content["model"], path)
+    weights.load(model, content["model"], path)
     with guard(f"{path}: not a checkpoint", Exception):
         position = checkpoint.Position(**content["position"])
     steps = f" and {position.step} steps of the next" if position.step else ""

@@ -50,12 +50,11 @@ def read_pictures(paths: list[Path], side: int = 32, rank: int = 0
 
 def count_passed_over(unread: int, others: int) -> None:
     """Log how many files were passed over; raises UserError if one could not be read."""
-    counts = {"that could not be read": unread, "of other kinds": others}
-    text = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    text = f"files passed over: {unread} that could not be read, {others} of other kinds"
     if unread:
-        raise UserError(f"files passed over: {text}")
+        raise UserError(text)
     if others:
-        log.info(f"note       files passed over: {text}")
+        log.info(f"note       {text}")
 
 
 def _search(folder: Path, unread: list[str]) -> tuple[list[Path], int]:

@@ -95,10 +95,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     smaller = ": try a smaller --batch-size" if trains else ""
     if isinstance(error, UserError):
         return one_line(error), error.status
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory{smaller or ': try --device cpu'}", USER_ERROR
     if utils.is_out_of_memory(error):
-        return f"out of memory{smaller}", USER_ERROR
+        memory = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        return f"out of {memory}{smaller}", USER_ERROR
     # Only the first line is for the user: torch's advice to programmers follows.
     if failure := re.match(f"(CUDA|cuDNN) error.*({GPU_FAULTS}).*", str(error)):
         again = f"; {utils.AGAIN} goes on" if trains else ""

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from engine import weight_files
-from utils import UserError, guard, load_tensors
+from utils import UserError, guard
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts lie
 # The ImageNet file of the course (2018) and the one that torchvision downloads today.
 RESNET18_FILES = ("resnet18-5c106cde.pth", "resnet18-f37072fd.pth")
 # Of batch norms, which did not count before PyTorch 0.4.1, and of a profiler, thop.
 COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
+CONTAINERS = dict, list, tuple
 
 
 class Found(NamedTuple):
@@ -101,11 +102,12 @@ def _find(content: Any, needed: dict) -> list[Found]:  # noqa: ANN401
     """Return where a file's content has all these names, or else where it has most of them."""
     queue, seen, places = [("", content)], set(), []
     for place, container in queue:  # which grows meanwhile, so that outer ones come first
-        if id(container) in seen or not isinstance(container, (dict, list, tuple)):
+        if id(container) in seen or not isinstance(container, CONTAINERS):
             continue
         seen.add(id(container))
         items = container if isinstance(container, dict) else dict(enumerate(container))
-        queue += [(f"{place}/{key}" if place else str(key), each) for key, each in items.items()]
+        queue += [(f"{place}/{key}" if place else str(key), each) for key, each in items.items()
+                  if isinstance(each, CONTAINERS)]
         tensors = {key: value for key, value in items.items()
                    if isinstance(key, str) and isinstance(value, Tensor)}
         counts = Counter(name[: len(name) - len(wanted)] for name in tensors for wanted in needed
@@ -124,7 +126,8 @@ def _take(found: Found, now: dict[str, Tensor], head: str) -> tuple[dict[str, Te
                           for state in (weights, now))
     keeps_head = not difference(its_head, head_now)
     taken = {name: value for name, value in weights.items()
-             if name in now and (keeps_head or name not in its_head)}
+             if name in now and value.shape == now[name].shape
+             and (keeps_head or name not in its_head)}
     phrases, last = found.origin(), its_head.get(f"{head}.weight")
     if its_head:
         size = f" of {len(last)}" if last is not None and last.ndim else ""
@@ -139,12 +142,7 @@ def _take(found: Found, now: dict[str, Tensor], head: str) -> tuple[dict[str, Te
     return taken, ", ".join(phrases)
 
 
-def load(model: nn.Module, path: Path) -> None:
-    """Load a run's model.pt; raises UserError unless all of it fits."""
-    load_state(model, load_tensors(path), path)
-
-
-def load_state(model: nn.Module, state: dict, path: Path) -> None:
+def load(model: nn.Module, state: dict, path: Path) -> None:
     """Load a state_dict that was read from `path`; raises UserError unless all of it fits."""
     with guard(f"{path}: weights of another network", Exception):
         if misfit := difference(state, model.state_dict()):

@@ -32,7 +32,12 @@ def compare(directories: list[Path], into: Path) -> None:
     if not records:
         raise UserError("; ".join(unread))
     groups = group_runs(records)
-    notes = [*(f"warning    {error}" for error in unread), *_notes(groups), MEANS_NOTE]
+    notes = [f"warning    {error}" for error in unread]
+    for label, group in groups.items():
+        seeds = [str(record.config["settings"]["seed"]) for record in group]
+        if len(set(seeds)) < len(seeds):
+            notes.append(f"warning    {label}: not independent, of seeds {', '.join(seeds)}")
+    notes.append(MEANS_NOTE)
     means = {label: _means(group) for label, group in groups.items()}
     with guard(f"--output-dir {into}: cannot be written", OSError):
         into.mkdir(parents=True, exist_ok=True)
@@ -61,18 +66,6 @@ def _means(group: list[RunRecord]) -> dict[str, str]:
         if len(values) > 1:
             cells[name] += f" ({statistics.stdev(values):.2%})"
     return cells
-
-
-def _notes(groups: dict[str, list[RunRecord]]) -> list[str]:
-    """Return a line on each group that has a seed twice."""
-    notes = []
-    for label, group in groups.items():
-        seeds = [record.config["settings"]["seed"] for record in group]
-        same = [f"seed {seed} in {record.directory}"
-                for seed, record in zip(seeds, group, strict=True) if seeds.count(seed) > 1]
-        if same:
-            notes.append(f"warning    {label}: runs that are not independent: {', '.join(same)}")
-    return notes
 
 
 def main() -> None:

@@ -67,6 +67,11 @@ def write_test_report(logits: Tensor, dataset: Dataset, into: Path, note: str = 
         write_text(into / "confusion.csv", csv_table(("class", *names), rows))
         text = f"# The test set of {dataset.name}\n\n" + (f"{note}\n\n" if note else "")
         text += _score_tables(metrics, confusion, names, superclasses)
+        # The expected calibration error: |accuracy - confidence|, averaged over bins.
+        bins = (15 * confidence).ceil().long().clamp(1, 15)
+        gaps = bins.bincount((taken == labels).double() - confidence.double())
+        text += (f"The expected calibration error is {gaps.abs().sum() / len(bins):.4f} (15 bins, "
+                 "Guo et al. 2017, arXiv:1706.04599).\n\n")
         text += write_picture(into / "confusion.png", "## Confusion (numbers: confusion.csv)",
                               draw_confusion, confusion, superclasses)
         text += write_picture(into / "mistakes.png", "## The surest mistakes", draw_mistakes,

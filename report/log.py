@@ -11,8 +11,6 @@ from tqdm import tqdm
 
 from utils import log
 
-TIMES = ("images_per_second", "seconds", "eta_seconds")  # columns that differ between equal runs
-
 
 class Metrics(NamedTuple):
     """Means over `images` images; accuracies are fractions of 1, and top5 is NaN in training."""

@@ -67,17 +67,16 @@ def _sources() -> dict[Path, str]:
 
 
 def name_of_code(code: dict) -> str:
-    """Return the name of the code that `describe_code` described, for a log or a legend."""
+    """Return the name of the code that `describe_code` described, for a log."""
     words = "changed code of" if code["changed"] else "code"
     return f"{words} {code['commit'][:7] or code['modules']}"
 
 
 def code_has_changed(before: dict | None, now: dict) -> str:
     """Return a note if `before`, the code of a run or a model, is not today's, else ""."""
-    if before and before["modules"].endswith(now["modules"]):
+    if not before or before["modules"].endswith(now["modules"]):
         return ""
-    was, is_now = (f"{name_of_code(code)} ({code['modules']})" if code else "unknown code"
-                   for code in (before, now))
+    was, is_now = (f"{name_of_code(code)} ({code['modules']})" for code in (before, now))
     return f"note       the code has changed since: it was {was}, and is {is_now}"
 
 

@@ -30,6 +30,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+TIMES = ("images_per_second", "seconds", "eta_seconds")  # columns that differ between equal runs
 NAMES = [f"name_{label}" for label in range(100)]
 
 needs_data = pytest.mark.skipif(
@@ -203,8 +204,6 @@ def result(directory: Path) -> tuple[str, list[dict]]:
 
     The SHA-256 of model.pt, and the rows of metrics.csv without the times.
     """
-    from report.log import TIMES
-
     with open(directory / "metrics.csv", newline="") as file:
         rows = [{name: value for name, value in row.items() if name not in TIMES}
                 for row in csv.DictReader(file)]

@@ -557,17 +557,15 @@ def test_what_is_kept_goes_on_after_a_resume(name, tmp_path, monkeypatch):
     assert utils.load_tensors(tmp_path / "chain" / "checkpoint.pt")["keep"]["counter"]["count"] == 3
 
 
-@pytest.mark.parametrize("first, then, says", [
-    ({"a": Counter()}, {}, "of a run that keeps a, and this one keeps nothing; choose another"),
-    ({}, {"a": Counter()}, "of a run that keeps nothing, and this one keeps a; choose another"),
-    ({"a": Counter()}, {"a": nn.Linear(2, 2)}, r"the checkpoint is of another a \(.*; choose"),
-])
-def test_a_resume_that_keeps_something_else_is_one_line(first, then, says, tmp_path, monkeypatch):
+@pytest.mark.parametrize("first, then", [
+    ({"a": Counter()}, {}), ({}, {"a": Counter()}), ({"a": Counter()}, {"a": nn.Linear(2, 2)})])
+def test_a_resume_that_keeps_something_else_is_one_line(first, then, tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Linear, "add", lambda *_: None, raising=False)
     for keep, more in ((first, ["--max-minutes", 0.001]), (then, ["--resume"])):
         with monkeypatch.context() as patch:
             keeping(patch, "train_resnet", **keep)
             run = train("train_resnet", noise(15), tmp_path, *SMALL["train_resnet"], *more)
+    says = r"the checkpoint is of another a \(.*; choose"
     assert run.status == 2 and re.search(says, run.message), run.message
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import (
     ROOT,
+    TIMES,
     call,
     compare_runs,
     contents,
@@ -96,7 +97,7 @@ def test_the_files_say_the_same(finished, name):
     assert set(contents(output_dir)) == written - {"checkpoint-previous.pt"}
     (row,) = rows(output_dir)
     assert (row["dataset"], row["epoch"], row["epochs"]) == ("synthetic", "1", "1")
-    assert row["image_size"] == "32" and set(report.log.TIMES) < set(row)
+    assert row["image_size"] == "32" and set(TIMES) < set(row)
     assert f"{float(row['test_acc']):.2%}" == EPOCH_LINE.search(process.stdout)[1] + "%"
     config = json.loads((output_dir / "config.json").read_text())
     assert config["script"] == name and config["dataset"] == "synthetic"

@@ -98,6 +98,16 @@ def test_the_report_has_every_class_the_worst_first(reported):
         assert int(count) == row.max() == row[NAMES.index(other)]
 
 
+def test_the_report_has_the_expected_calibration_error(reported):
+    confidence, right = reported.probabilities.max(1), reported.taken == reported.labels
+    error = 0
+    for low, high in zip(np.arange(15) / 15, np.arange(1, 16) / 15, strict=True):
+        inside = (low < confidence) & (confidence <= high)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert f"expected calibration error is {error:.4f} (15 bins" in reported.text
+
+
 def test_the_confusion_picture_puts_superclasses_side_by_side(reported):
     panel, scale = reported.figures[0].axes
     groups = [label.get_text() for label in panel.get_yticklabels()]

@@ -174,7 +174,7 @@ def test_predict_prints_the_five_likeliest_as_csv(run_dir, pictures):
     process = script("train_resnet", "--predict", pictures, pictures / "0.png", *CPU,
                      "--output-dir", run_dir, "--precision", "fp32")
     assert (process.returncode, process.stderr) == (
-        0, "note       files passed over: 1 of other kinds\n")
+        0, "note       files passed over: 0 that could not be read, 1 of other kinds\n")
     rows = list(csv.DictReader(io.StringIO(process.stdout)))
     assert list(rows[0]) == ["file", "rank", "class", "probability"]
     names = ["0.png", "1.bmp", "2.webp", "3.GIF", "4.jpg", "grey.tiff", "transparent.png", "0.png"]

@@ -379,7 +379,7 @@ def test_model_pt_is_contiguous_and_other_tools_take_it(finished, tmp_path, name
 def test_a_runs_own_model_must_fit_as_it_stands(tmp_path, content, says):
     torch.save(content(ResNet().state_dict()), tmp_path / "model.pt")
     with pytest.raises(UserError) as caught:
-        engine.weights.load(ResNet(), tmp_path / "model.pt")
+        engine.weights.load(ResNet(), load_tensors(tmp_path / "model.pt"), tmp_path / "model.pt")
     assert f"model.pt: weights of another network: {says}" in str(caught.value)
 
 
