@@ -90,17 +90,20 @@ class Parser(argparse.ArgumentParser):
                 message += f"; {flag}: do you mean {near}?"
         raise UserError(f"{message} (--help lists the flags)")
 
-    def _parse(self, recipe: dict, flags: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """Return the values of all flags, and of those that are given; --help shows defaults."""
+    def _take_defaults(self, recipe: dict) -> dict[str, Any]:
+        """Return the flags' defaults, show them in --help, and have parse_args leave them out."""
+        defaults = {}
         for action in self._actions[1:]:  # the first one is --help
-            action.default = default = recipe.get(action.dest, action.default)
-            text = (action.help or "").replace(" (default: %(default)s)", "")
-            is_shown = default is not None and default is not False
-            action.help = f"{text} (default: %(default)s)" if is_shown else text
-        known = self.parse_args(flags)
-        for action in self._actions:
+            default = recipe.get(action.dest, action.default)
+            if isinstance(default, str):
+                default = self._get_value(action, default)  # as argparse itself converts it
+            default = defaults.setdefault(action.dest, default)  # of two, the first
+            if default is not None and default is not False:
+                shown = str(default).replace("%", "%%")  # argparse formats the help
+                text = (action.help or "").replace(" (default: %(default)s)", "")
+                action.help = f"{text} (default: {shown})"
             action.default = argparse.SUPPRESS
-        return known, vars(self.parse_args(flags))
+        return defaults
 
     def read(self, recipe: dict, variant: Callable[[int, str], dict]) -> argparse.Namespace:
         """Parse the command line; raises UserError if it does not fit what --output-dir holds.
@@ -110,8 +113,10 @@ class Parser(argparse.ArgumentParser):
         `recipe` (names), `trained` (that run's config.json or {}), `is_new` (the run begins),
         `script`, `command` and `began`.
         """
+        defaults = self._take_defaults(recipe)
         script, flags = command_line()
-        known, given = self._parse(recipe, flags)
+        given = vars(self.parse_args(flags))
+        known = argparse.Namespace(**defaults | given)
         use_model = bool(known.eval_only or known.predict)
         checkpoint.check_output_dir(known.output_dir, known.resume, known.overwrite, use_model)
         trained = _read_trained(known.output_dir, script.stem) if use_model else {}
@@ -126,12 +131,12 @@ class Parser(argparse.ArgumentParser):
             if name not in given:
                 with guard(f"{known.output_dir / 'config.json'}: --{name}", Exception,
                            "; give it again"):
-                    of_model[name] = _as_in_training(recipe_flags[name], value, vars(known)[name])
+                    of_model[name] = _as_in_training(recipe_flags[name], value, defaults[name])
             elif as_json(given[name]) != value:
                 log.info(f"note       --{name} {given[name]}, not {value} as in training")
         # Only a new run reads first weights; model.pt and checkpoints hold all.
         is_new = not (use_model or (known.resume and checkpoint.exists(known.output_dir)))
-        settings = vars(known) | variant(known.epochs, known.optimizer) | of_model | given
+        settings = defaults | variant(known.epochs, known.optimizer) | of_model | given
         return argparse.Namespace(
             **settings, recipe=list(recipe_flags), trained=trained, is_new=is_new,
             script=script.stem, command=shlex.join(["python", str(script), *flags]),
@@ -171,12 +176,12 @@ def _as_in_training(action: argparse.Action, value: Any, default: Any) -> Any:  
     """Return the value that a flag had in training, from config.json; raises anything."""
     if value == as_json(default):
         return default
-    is_list = isinstance(value, list)
-    # A type can also read a whole list.
-    if not action.type or value is None or (is_list and action.nargs is None):
+    if not action.type or not isinstance(value, (int, float, str, list)):
         return value
-    parts = [action.type(str(part)) for part in (value if is_list else [value])]
-    return parts if is_list else parts[0]
+    if isinstance(value, list) and action.nargs is None:  # the flag's type reads a whole list
+        return value
+    convert = [action.type(str(part)) for part in (value if isinstance(value, list) else [value])]
+    return convert if isinstance(value, list) else convert[0]
 
 
 def _read_trained(directory: Path, script: str) -> dict:
