@@ -28,54 +28,69 @@ HOST_RANDOM = (lambda: torch.get_rng_state().tolist(), random.getstate, np.rando
 GRAPHS: list[torch.cuda.CUDAGraph] = []
 
 
+@dataclasses.dataclass
+class Graph:
+    """A captured step, and the memory from which it takes what is drawn for a batch."""
+
+    captured: torch.cuda.CUDAGraph
+    drawn: dict[str, Tensor]
+    checks: int = 0  # how often it ended with the bits of an eager step
+    epoch: int = -1  # of the last of these
+
+    def replay(self, batch: Batch) -> None:
+        """Take a step on a batch."""
+        torch._foreach_copy_(list(self.drawn.values()), list(batch.drawn.values()))
+        self.captured.replay()
+
+
 class Graphs:
     """Takes the steps of a run, with one graph for each kind of batch, or else eagerly.
 
-    The first steps of a kind are eager: they load libraries and make the momentum. The next one is
-    captured, taken by the graph, and taken once more eagerly from the same state. Unless both end
-    with the same bits, and if anything else is in the way, all later steps are eager. No result of
-    a graph outlives its step, so all graphs share their memory.
+    The first steps of a kind are eager: they load libraries and make the momentum. Then a step is
+    captured. That step, the next one, and the first one of each epoch are taken twice from the same
+    state, by the graph and eagerly. A graph whose bits differ in the first two is refused, and all
+    later steps are eager; one that differs later, because something was changed, is captured anew.
+    No result of a graph outlives its step, so all graphs share their memory.
     """
 
     def __init__(self, run: Run):
         self.run, self.obstacle = run, ""
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+        self.graphs: dict[tuple, Graph] = {}
         self.kind, self.in_a_row, self.eager_steps, self.pool = None, 0, 0, None
         others = [name for name, part in run.keep.items() if not isinstance(part, nn.Module)]
         if not hasattr(run.optimizer, "rates"):
             self._give_up(f"{type(run.optimizer).__name__} has its rates on the host")
         elif others:
             self._give_up(f"{', '.join(others)} in keep is no nn.Module")
+        elif {tensor.device.type for tensor in self._tensors()} != {run.runtime.device.type}:
+            self._give_up("not all that the run keeps lies on the GPU")
         else:
-            run.optimizer.rates = [torch.zeros((), device=run.runtime.device)
-                                   for _ in run.optimizer.param_groups]
+            run.optimizer.put_rates_on(run.runtime.device)
 
     def take(self, step: Callable[[Iterable], None], batch: Iterable) -> None:
         """Take a step on a batch; `step(batch)` does so eagerly."""
         if not self.obstacle and not isinstance(batch, Batch):
             self._give_up("the batches are not those of data.py")
-        if hasattr(self.run.optimizer, "rates"):
-            self.run.optimizer.set_rates()
         if self.obstacle:
             return step(batch)
-        shapes = [(name, values.shape) for name, values in batch.drawn.items()]
-        kind = batch.size, batch.weight, *shapes, *self._numbers()
+        self.run.optimizer.set_rates()
+        kind = self._kind_of(batch)
         self.in_a_row = self.in_a_row + 1 if kind == self.kind else 1
         self.kind = kind
-        if kind in self.graphs:
-            graph, drawn = self.graphs[kind]
-            torch._foreach_copy_(drawn, list(batch.drawn.values()))
-            graph.replay()
-            self.eager_steps = 0
+        graph, epoch = self.graphs.get(kind), self.run.state.position.epoch
+        if graph and graph.checks > 1 and graph.epoch == epoch:
+            graph.replay(batch)
         else:
-            self._take_slowly(step, batch)
+            self._take_slowly(graph, step, batch)
 
-    def _take_slowly(self, step: Callable, batch: Batch) -> None:
+    def _take_slowly(self, graph: Graph | None, step: Callable, batch: Batch) -> None:
         clock = self.run.clock
         if len(clock.steps) <= clock.slow:
             clock.slow = len(clock.steps) + 1
         self.eager_steps += 1
-        if self.in_a_row > EAGER_STEPS:
+        if graph:
+            self._compare(graph, step, batch)
+        elif self.in_a_row > EAGER_STEPS:
             self._capture(step, batch)
         elif self.in_a_row == EAGER_STEPS:
             self._watch(step, batch)
@@ -86,45 +101,53 @@ class Graphs:
 
     def _watch(self, step: Callable, batch: Batch) -> None:
         """Take an eager step, and look for what a graph of it would not repeat."""
-        self.run.was_asked_for_step = False
-        before = self._numbers(), random_state()
+        before = self._numbers()
         with waits() as found:
             step(batch)
         if found:
             self._give_up("a step waits for the device")
-        elif (self._numbers(), random_state()) != before:
+        elif self._numbers() != before:
             self._give_up("a step changes numbers, or draws random ones, on the host")
-        elif self.run.was_asked_for_step:
-            self._give_up("a step reads run.step or run.epoch")
 
     def _capture(self, step: Callable, batch: Batch) -> None:
-        """Take a step by a new graph and eagerly, from the same state; compare the bits."""
-        run, by_graph = self.run, []
-        static = {name: values.clone() for name, values in batch.drawn.items()}
-        before = [tensor.detach().clone() for tensor in self._tensors()]
-        own = [run.generator] if run.augmentation else []
-        generators = [device_generator(run.runtime.device), *own]
-        seeds = [generator.get_state() for generator in generators]
+        drawn = {name: values.clone() for name, values in batch.drawn.items()}
+        static, own = dataclasses.replace(batch, drawn=drawn), self._generators()[1:]
         try:
-            graph = capture(lambda: step(dataclasses.replace(batch, drawn=static)), self.pool, own)
-            self.pool = graph.pool()
-            graph.replay()
-            by_graph = [tensor.detach().clone() for tensor in self._tensors()]
+            captured = capture(lambda: step(static), self.pool, own)
         except RuntimeError as error:
             if re.search(GPU_FAULTS, str(error)):
                 raise
             self._give_up(one_line(error)[:200])
+            return step(batch)
+        self.pool = captured.pool()
+        self._compare(Graph(captured, drawn), step, batch)
+
+    def _compare(self, graph: Graph, step: Callable, batch: Batch) -> None:
+        """Take a step by a graph and then eagerly, from the same state; compare the bits."""
+        before = [tensor.detach().clone() for tensor in self._tensors()]
+        states = [generator.get_state() for generator in self._generators()]
+        graph.replay(batch)
+        by_graph = [tensor.detach().clone() for tensor in self._tensors()]
         with torch.no_grad():
             for tensor, value in zip(self._tensors(), before, strict=True):
                 tensor.copy_(value)
-        for generator, seed in zip(generators, seeds, strict=True):
-            generator.set_state(seed)
+        for generator, state in zip(self._generators(), states, strict=True):
+            generator.set_state(state)
         step(batch)
-        if by_graph and all(map(torch.equal, self._tensors(), by_graph)):
-            self.graphs[self.kind] = graph, list(static.values())
-            self.eager_steps = 0
-        elif by_graph:
-            self._give_up("its first step ended with other bits")
+        tensors = self._tensors()
+        if len(tensors) == len(by_graph) and all(map(torch.equal, tensors, by_graph)):
+            graph.checks, graph.epoch = graph.checks + 1, self.run.state.position.epoch
+            self.graphs[self.kind], self.eager_steps = graph, 0
+        elif graph.checks > 1:
+            del self.graphs[self.kind]
+            self.in_a_row = 1
+        else:
+            self._give_up("its first steps ended with other bits")
+
+    def _generators(self) -> list[torch.Generator]:
+        """Return torch's own generator of the device, and that of the user's augmentation."""
+        own = [self.run.generator] if self.run.augmentation else []
+        return [device_generator(self.run.runtime.device), *own]
 
     def _tensors(self) -> list[Tensor]:
         """Return all that a step changes on the device, but for random numbers."""
@@ -134,26 +157,31 @@ class Graphs:
                 *(value for state in states for value in state.values() if torch.is_tensor(value)),
                 self.run.state.sums]
 
-    def _numbers(self) -> tuple:
-        """Return the numbers and addresses that a graph would keep as they are now."""
-        run = self.run
-        parts = [*run.model.modules(), *run.keep.values(), run.augmentation]
-        plain = [value for part in parts for value in getattr(part, "__dict__", {}).values()
-                 if isinstance(value, (bool, int, float, str))]
-        groups = [(name, str(value)) for group in run.optimizer.param_groups
-                  for name, value in group.items() if name not in ("lr", "params")]
+    def _kind_of(self, batch: Batch) -> tuple:
+        """Return what a graph of a step on this batch holds: forms, numbers and addresses."""
+        shapes = [(name, values.shape) for name, values in batch.drawn.items()]
+        read = batch.batches.images, batch.batches.labels
         tensors = [(tensor.data_ptr(), tensor.requires_grad)
-                   for tensor in (*run.model.parameters(), *run.model.buffers())]
-        return *plain, *groups, *tensors
+                   for tensor in (*read, *self._tensors())]
+        return batch.size, batch.weight, *shapes, *tensors, *self._groups()
+
+    def _groups(self) -> list[tuple]:
+        return [(name, str(value)) for group in self.run.optimizer.param_groups
+                for name, value in group.items() if name not in ("lr", "params")]
+
+    def _numbers(self) -> list:
+        """Return the numbers on the host that a step could change."""
+        run = self.run
+        modules = [module for part in (run.model, *run.keep.values()) for module in part.modules()]
+        plain = [value for part in (*modules, run.optimizer, run.augmentation, run.args)
+                 for value in getattr(part, "__dict__", {}).values()
+                 if isinstance(value, (bool, int, float, str))]
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        return [*plain, *rates, *self._groups(), *(str(state()) for state in HOST_RANDOM)]
 
     def _give_up(self, obstacle: str) -> None:
         self.obstacle = obstacle
         log.info(f"note       no CUDA graphs ({obstacle}): steps take longer")
-
-
-def random_state() -> list[str]:
-    """Return the states of the host's random numbers."""
-    return [str(state()) for state in HOST_RANDOM]
 
 
 def device_generator(device: torch.device) -> torch.Generator:
@@ -176,12 +204,12 @@ def capture(step: Callable[[], None], pool: Any,  # noqa: ANN401
 @contextlib.contextmanager
 def waits() -> Iterator[list]:
     """Yield a list, which after the block holds torch's warnings of waits for the GPU in it."""
-    found = []
+    found, mode = [], torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")  # which itself warns that it misses some
         try:
             yield found
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode(mode)
     found += [warning for warning in caught if "synchronizing CUDA" in str(warning.message)]

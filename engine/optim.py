@@ -38,8 +38,7 @@ class Muon(torch.optim.SGD):
                      "sgd uses it")
         self.dtype, self.pad, self.iterations = dtype, pad, iterations
         self.zeros: dict[torch.Size, Tensor] = {}  # by shape, (widest, out)
-        # Of the groups, on the device, if CUDA graphs repeat the steps: see `set_rates`.
-        self.rates: list[Tensor] = []
+        self.rates: list[Tensor] = []  # of the groups, if CUDA graphs repeat the steps
 
     @torch.no_grad()
     def step(self) -> None:
@@ -53,21 +52,29 @@ class Muon(torch.optim.SGD):
             # Without the wrapper of a public step(), which would call the user's hooks once more.
             inspect.unwrap(torch.optim.SGD.step)(self)
 
+    def put_rates_on(self, device: torch.device) -> None:
+        """Have the groups' rates also lie on the device: a graph repeats the numbers of a step."""
+        self.rates = [torch.zeros((), device=device) for _ in self.param_groups]
+
     def set_rates(self) -> None:
-        """Copy the groups' rates to `rates`; a graph repeats the numbers of its first step."""
-        for rate, group in zip(self.rates, self.param_groups, strict=False):
+        """Copy the rates of the groups, also of new ones, to the device."""
+        self.rates += [torch.zeros_like(self.rates[0])
+                       for _ in self.param_groups[len(self.rates) :]]
+        for rate, group in zip(self.rates, self.param_groups, strict=True):
             rate.fill_(group["lr"])  # as a kernel's argument, for which nothing waits
 
     @contextlib.contextmanager
     def _rates_on_device(self) -> Iterator[None]:
         """Have SGD read `rates`, if there are any, which only its fused form does on the device."""
+        if self.rates and not torch.cuda.is_current_stream_capturing():
+            self.set_rates()  # again, for the step itself may have changed them
         before = [(group["lr"], group["fused"]) for group in self.param_groups]
-        for group, rate in zip(self.param_groups, self.rates, strict=False):
+        for group, rate in zip(self.param_groups, self.rates, strict=bool(self.rates)):
             group["lr"], group["fused"] = rate, True
-            for weight in group["params"]:
-                # The gradient of a 1x1 convolution can have other strides, which that refuses.
-                if weight.grad is not None and weight.grad.stride() != weight.stride():
-                    weight.grad = torch.empty_like(weight).copy_(weight.grad)
+            for weight in group["params"] if group["momentum"] else ():
+                # The fused form wants the momentum of all weights or of none.
+                if weight.grad is not None and "momentum_buffer" not in self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         try:
             yield
         finally:  # floats again, for the schedule, the log and the checkpoints

@@ -47,18 +47,15 @@ class Run:
         self.in_evaluation_mode: set[nn.Module] = set()
         self.keep: dict[str, Any] = {}
         self.graphs = None  # the CUDA graphs of the steps, if there are any
-        self.was_asked_for_step = False  # whether `epoch` or `step` was read
 
     @property
     def epoch(self) -> int:
         """How many epochs are finished."""
-        self.was_asked_for_step = True
         return self.state.position.epoch
 
     @property
     def step(self) -> int:
         """How many steps of the current epoch are done."""
-        self.was_asked_for_step = True
         return self.state.position.step
 
     def steps_in(self, epoch: int) -> int:

@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 import engine.graphs
@@ -70,6 +70,31 @@ class Tape(TorchDispatchMode):
         """Return no pool of memory."""
 
 
+class Waits(TorchDispatchMode):
+    """Finds the operations that hand a value to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() in WAITING:
+            self.found.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def waits():
+    """Do as engine.graphs.waits does."""
+    with Waits() as mode:
+        yield mode.found
+
+
+def is_capturing() -> bool:
+    """Return whether a tape records at this moment."""
+    return any(isinstance(mode, Tape) for mode in _get_current_dispatch_mode_stack())
+
+
 def capture(step, pool, generators) -> Tape:
     """Do as engine.graphs.capture does."""
     generators = [torch.default_generator, *generators]
@@ -90,7 +115,8 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     """Have runs on the CPU use tapes as their CUDA graphs."""
     patch.setattr(engine.runtime, "GRAPHED", ("cpu",))
     patch.setattr(engine.graphs, "capture", capture)
-    patch.setattr(engine.graphs, "waits", lambda: contextlib.nullcontext([]))
+    patch.setattr(engine.graphs, "waits", waits)
+    patch.setattr(torch.cuda, "is_current_stream_capturing", is_capturing)
     patch.setattr(engine.graphs, "device_generator", lambda _: torch.default_generator)
     # Only on CUDA it does not look at the labels' values.
     patch.setattr(torch.nn.functional, "one_hot",
