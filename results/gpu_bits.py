@@ -33,13 +33,13 @@ import engine.graphs
 import models
 import utils
 from engine import process, run
-from report.log import TIMES
 
 PARTS = ("train_resnet", "finetune_resnet18")
 # Two epochs of small and two of full images, the last without CutMix, are three kinds of batches.
 KINDS = 3
 RECIPE = ["--epochs", "4", "--low-res", "0.5", "--cutmix", "0.5", "--trivial-augment", "0.5"]
 BATCHES = 6.5  # an epoch
+TIMES = ("images_per_second", "seconds", "eta_seconds")  # columns that differ between equal runs
 STOP = 20  # looks at the clock, after which a run is stopped: in the middle of its third epoch
 LIMIT = 90  # seconds of a process
 EQUAL = "equal to the bit"

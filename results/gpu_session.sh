@@ -69,11 +69,9 @@ done
 for file in "$data" "$weights" "${from:+$from/table.txt}"; do
   [ -z "$file" ] || [ -e "$file" ] || refuse "$file is not there"
 done
-# The files of --out are removed first.
-[ ! "$out" -ef "$from" ] || refuse "--out and --from must be two folders"
+[ ! -e "$out/table.txt" ] || refuse "$out has the table of a session; name another folder by --out"
 MARGIN=20  # seconds that a run needs beyond --max-minutes, to start and to be packed
 mkdir -p "$out"
-rm -f "$out"/table.txt "$out"/log.txt "$out"/runs.tar "$out"/stopped.tar-*
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 touch "$out/table.txt" "$work/last.log"

@@ -126,7 +126,7 @@ def test_a_stopped_run_goes_on_in_the_next_call_and_finished_ones_are_skipped(se
     assert stops in commands[0] and commands.count("goes on") == 1 and commands[1] == "goes on"
     assert len(commands) == 15
     process, _ = session(*flags, tmp_path / "one", "--from", tmp_path / "one")
-    assert process.returncode == 2 and "must be two folders" in process.stderr
+    assert process.returncode == 2 and "has the table of a session" in process.stderr
     assert (tmp_path / "one" / "stopped.tar-aa").exists()
 
 
