@@ -148,18 +148,12 @@ def _parse_python(members: dict[str, bytes], path: Path) -> tuple[Arrays, list]:
             raise DamagedFile(f"{what}, but {'a part of one' if is_part else describe(content)}")
         # A damaged pickle can raise anything.
         with guard(what, Exception):
-            pickled = unpickle(content)
-            wanted = ("fine_label_names",) if name == "meta" else ("data", "fine_labels")
-            if not set(wanted) <= set(pickled):
-                raise TypeError(f"it holds {listed(map(str, pickled))}, not {', '.join(wanted)}")
             if name == "meta":
-                names = pickled["fine_label_names"]
-                if not isinstance(names, (list, tuple)):
-                    raise TypeError("the names are no list")
+                (names,) = unpickle(content, "fine_label_names")
                 names = [name.decode() if isinstance(name, bytes) else name for name in names]
             else:
-                labels = _labels(pickled["fine_labels"], FULL_SIZE[name])
-                arrays[name] = _images(pickled["data"]), labels
+                images, labels = unpickle(content, "data", "fine_labels")
+                arrays[name] = _images(images), _labels(labels, FULL_SIZE[name])
     return arrays, names
 
 

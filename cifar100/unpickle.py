@@ -16,16 +16,23 @@ MOST_TUPLES = 10_000  # in a pickle, but for those that are only arguments of a 
 INTEGERS = tuple(kind + size for kind in "ui" for size in "1248")
 
 
-def unpickle(content: bytes) -> dict:
-    """Return a pickled dict of integer arrays and plain containers; if damaged, raises anything."""
+def unpickle(content: bytes, *wanted: str) -> list:
+    """Return these values of a pickled dict, arrays of integers and plain containers.
+
+    If the pickle is damaged or holds something else, this raises anything.
+    """
     _read_through(content)
     # Byte strings of Python 2 are read as latin-1. Keys can be bytes of Python 3.
     loaded = _IntegerUnpickler(io.BytesIO(content), encoding="latin1").load()
     if not isinstance(loaded, dict):
         raise UnpicklingError("it holds no dict")
-    return {key.decode() if isinstance(key, bytes) else key:
-            value.values if isinstance(value, PickledArray) else value
-            for key, value in loaded.items()}
+    loaded = {key.decode() if isinstance(key, bytes) else key: value
+              for key, value in loaded.items()}
+    if not set(wanted) <= set(loaded):
+        keys = ", ".join(key[:20] for key in loaded if isinstance(key, str))
+        raise UnpicklingError(f"it holds {keys[:99]}, not {', '.join(wanted)}")
+    values = [loaded[key] for key in wanted]
+    return [_array(*value.parts) if isinstance(value, PickledArray) else value for value in values]
 
 
 def _read_through(content: bytes) -> None:
@@ -45,20 +52,23 @@ def _read_through(content: bytes) -> None:
             tuples -= name == "REDUCE" and is_tuple
             is_tuple = "TUPLE" in name or ("GET" in name and memo.get(int(argument), False))
             tuples += is_tuple
-        if name in ("EMPTY_SET", "FROZENSET"):  # a set costs three times as much as a list
-            raise UnpicklingError("refused, for it holds a set")
-        if tuples > MOST_TUPLES or max(count, index) > MOST_OPCODES:
-            raise UnpicklingError("refused, for it is too large or too deeply nested")
+        is_set = name in ("EMPTY_SET", "FROZENSET")  # which costs three times as much as a list
+        if is_set or tuples > MOST_TUPLES or max(count, index) > MOST_OPCODES:
+            raise UnpicklingError("refused, for it holds a set, or too much or too deeply nested")
 
 
 class PickledArray:
-    """Stands in for numpy.ndarray, whose own unpickling could be given a dtype of pointers."""
+    """Stands in for numpy.ndarray, whose own unpickling could be given a dtype of pointers.
 
-    values: np.ndarray
+    The array is made later, and only if it is wanted: thousands could share their content.
+    """
+
+    def __init__(self, *parts: object):
+        self.parts = parts
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, content = state
-        self.values = _array(content, dtype, shape, "F" if is_fortran else "C")
+        self.parts = content, dtype, shape, "F" if is_fortran else "C"
 
 
 class IntegerDtype:
@@ -74,47 +84,30 @@ class IntegerDtype:
             self.dtype = self.dtype.newbyteorder(">")
 
 
-def _array(content: bytes | str, dtype: IntegerDtype, shape: tuple, order: str) -> np.ndarray:
+def _array(content: bytes | str, dtype: IntegerDtype, shape: tuple, order: str = "C",
+           axes: tuple | None = None) -> np.ndarray:
+    """Make an array; NumPy 2.3 gives the axes of one of order "K"."""
     if not isinstance(dtype, IntegerDtype):
         raise UnpicklingError("refused, for it holds an array of no known dtype")
-    content = content.encode("latin1") if isinstance(content, str) else content  # of Python 2
-    return np.frombuffer(content, dtype.dtype).reshape(shape, order=order)
+    content = content.encode("latin1") if isinstance(content, str) else content
+    values = np.frombuffer(content, dtype.dtype)
+    return values.reshape(shape).transpose(axes) if axes else values.reshape(shape, order=order)
 
 
-def _from_buffer(content: bytes, dtype: IntegerDtype, shape: tuple, order: str,
-                 axes: tuple | None = None) -> PickledArray:
-    """Make what protocol 5 stores; the axes are those of NumPy 2.3 for an array of order "K"."""
-    array = PickledArray()
-    if axes is None:
-        array.values = _array(content, dtype, shape, order)
-    else:
-        array.values = _array(content, dtype, shape, "C").transpose(axes)
-    return array
-
-
-def _scalar(dtype: IntegerDtype, content: bytes | str) -> int:
-    return int(_array(content, dtype, (), "C"))
+# What a pickle may call, and what is called instead.
+ALLOWED = {
+    "numpy.dtype": IntegerDtype,
+    "numpy.ndarray": None,  # an argument of _reconstruct, which ignores it
+    "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
+    "numpy.core.multiarray.scalar": lambda dtype, content: int(_array(content, dtype, ())),
+    "numpy.core.numeric._frombuffer": PickledArray,  # of protocol 5
+    "_codecs.encode": lambda text, _encoding: text,  # Python 3 makes bytes of it, in protocol 2
+}
 
 
 class _IntegerUnpickler(Unpickler):
-    encoded = 0  # bytes made so far: a short pickle could ask for the same ones many times
-
     def find_class(self, module: str, name: str) -> Callable | None:
-        allowed = {
-            "numpy.dtype": IntegerDtype,
-            "numpy.ndarray": None,  # an argument of _reconstruct, which ignores it
-            "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
-            "numpy.core.multiarray.scalar": _scalar,
-            "numpy.core.numeric._frombuffer": _from_buffer,
-            "_codecs.encode": self._encode,  # Python 3 makes bytes of it
-        }
         wanted = f"{module}.{name}".replace("numpy._core", "numpy.core")
-        if wanted not in allowed:
+        if wanted not in ALLOWED:
             raise UnpicklingError(f"refused, for it asks for {module}.{name}")
-        return allowed[wanted]
-
-    def _encode(self, text: str, _encoding: str) -> bytes:
-        self.encoded += len(text)
-        if self.encoded > SIZE_LIMIT:
-            raise UnpicklingError("refused, for it is larger than all of CIFAR-100")
-        return text.encode("latin1")
+        return ALLOWED[wanted]

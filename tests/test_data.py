@@ -120,8 +120,8 @@ def test_the_classes_and_superclasses_are_those_of_the_real_set(real):
     dataset, files = real
     assert dataset.class_names == CLASS_NAMES
     assert (CLASS_NAMES[0], CLASS_NAMES[99]) == ("apple", "worm")
-    test = cifar100.unpickle.unpickle(files["test"])
-    pairs = set(zip(test["fine_labels"], test["coarse_labels"], strict=True))
+    labels = cifar100.unpickle.unpickle(files["test"], "fine_labels", "coarse_labels")
+    pairs = set(zip(*labels, strict=True))
     assert len(pairs) == 100
     for fine, coarse in pairs:
         group = SUPERCLASS_OF[CLASS_NAMES[fine]]

@@ -280,8 +280,12 @@ PICKLES = {
     "an object array of protocol 5": pickle.dumps({"fine_labels": np.array([[], 1], object)}, 5),
     "objects in a buffer": (b"\x80\x03" + FROM_BUFFER + b"(" + POINTER + dtype(b"O8")
                             + b"K\x01\x85X\x01\x00\x00\x00CtR."),
+    "one string for 1,500 arrays": (
+        b"\x80\x02" + FROM_BUFFER + b"q\x010" + dtype(b"u1") + b"q\x020X\x00\x00\x10\x00"
+        + b"x" * 2**20 + b"q\x000("
+        + b"h\x01(h\x00h\x02J\x00\x00\x10\x00\x85X\x01\x00\x00\x00CtR" * 1500 + b"l."),
     # What find_class returns can be given attributes.
-    "a function as dtype": (b"\x80\x03" + SCALAR + b"(" + FROM_BUFFER + b"}X\x05\x00\x00\x00dtype"
+    "a function as dtype": (b"\x80\x03" + SCALAR + b"(" + SCALAR + b"}X\x05\x00\x00\x00dtype"
                             b"X\x01\x00\x00\x00Osb" + POINTER + b"tR."),
     "a class as dtype": b"\x80\x03" + SCALAR + b"(cnumpy\ndtype\n" + POINTER + b"tR.",
     "a code as dtype": b"\x80\x03" + SCALAR + b"(X\x01\x00\x00\x00O" + POINTER + b"tR.",

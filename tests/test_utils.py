@@ -214,9 +214,9 @@ def test_a_damaged_or_unwanted_file_of_tensors_is_named(tmp_path, fault, says):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_pickle_gives_arrays_of_uint8_by_names_that_are_text(protocol):
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    loaded = cifar100.unpickle.unpickle(pickle.dumps({b"data": array, "labels": [1, 2]}, protocol))
-    assert list(loaded) == ["data", "labels"] and loaded["labels"] == [1, 2]
-    assert np.array_equal(loaded["data"], array)
+    content = pickle.dumps({b"data": array, "labels": [1, 2]}, protocol)
+    data, labels = cifar100.unpickle.unpickle(content, "data", "labels")
+    assert np.array_equal(data, array) and labels == [1, 2]
 
 
 def print_lock(path) -> None:
