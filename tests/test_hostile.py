@@ -140,6 +140,9 @@ def test_damaged_data_load_equal_or_are_refused_in_one_line(tmp_path, few, kind,
         path = (pack if file == "archive" else pack_zip)(path, tmp_path / f"mine.{file}")
     target = path if file in (None, "archive", "zip") else path / file
     original = target.read_bytes()
+    if file == "archive":
+        # The one edit that does no harm repeats gzip's header, unless its time has a byte of zero.
+        original = original[:4] + b"time" + original[8:]
     counts = {"equal": 0, "changed": 0, "refused": 0}
 
     def check(edits):
