@@ -9,23 +9,22 @@ from pathlib import Path
 from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
-from cifar100.formats import OFFICIAL_MD5
 from utils import guard, log, try_lock
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+OFFICIAL_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"  # of torchvision, too
 WAYS_OUT = (". Three ways out: put cifar-100-python.tar.gz (or another format of the README) "
             "there; name a mirror with --data-url; or try made-up images with --dataset synthetic")
 RETRY_SECONDS = 1  # before the first retry of a broken download; then twice as long each time
 
 
 def fetch(url: str, data_dir: Path, allowed: bool, others: list[str]) -> Path:
-    """Download an official archive, or wait for a process that does; raises UserError.
+    """Download the official archive, or wait for a process that does; raises UserError.
 
     `others` are lines about what lies in `data_dir`: they are logged first, and part of the error.
     """
     note = "" if data_dir.exists() else ", which did not exist"
-    partial = data_dir / "cifar-100.tar.gz.part"
-    official = {md5: name for name, md5 in OFFICIAL_MD5.items() if name.endswith(".tar.gz")}
+    partial, path = data_dir / ".cifar-100.tar.gz.part", data_dir / "cifar-100-python.tar.gz"
     with guard(f"{data_dir}: CIFAR-100 is not there, and was not downloaded from {url}",
                (OSError, ValueError, http.client.HTTPException),
                "".join(f". {line}" for line in others[:5]) + WAYS_OUT):
@@ -39,25 +38,18 @@ def fetch(url: str, data_dir: Path, allowed: bool, others: list[str]) -> Path:
                 log.info(f"download   waiting for another process, which holds {lock.name}")
                 while not try_lock(lock):
                     time.sleep(0.1)
-            for archive in data_dir.glob("*cifar-100-*.tar.gz"):
-                if calculate_md5(archive) in official:
-                    return archive
+            while path.exists() and calculate_md5(path) != OFFICIAL_MD5:  # another file
+                path = path.with_name(f"official-{path.name}")
+            if path.exists():
+                return path
             log.info(f"download   {url} to {data_dir.resolve()}{note}")
             # What is there may be a part of another file: then start afresh, once.
             for _ in range(2 if partial.exists() else 1):
                 _complete(partial, url)
-                md5 = calculate_md5(partial)
-                if md5 in official:
-                    return _keep(partial, data_dir / official[md5])
+                if (md5 := calculate_md5(partial)) == OFFICIAL_MD5:
+                    return partial.replace(path)
                 partial.unlink()
             raise OSError(f"its md5 sum, {md5}, is not official")
-
-
-def _keep(partial: Path, path: Path) -> Path:
-    """Rename a whole download to `path`, or to another name if something else is there."""
-    while path.exists():
-        path = path.with_name(f"official-{path.name}")
-    return partial.replace(path)
 
 
 def _complete(partial: Path, url: str) -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 from helpers import holds, pack, write_python
 
-import cifar100.formats
+import cifar100.download
 import data
 from utils import UserError
 
@@ -71,7 +71,7 @@ def archive(tmp_path, arrays, monkeypatch):
     written = pack(write_python(tmp_path / "src" / "cifar-100-python", arrays), tmp_path / "a.tgz")
     content = written.read_bytes()
     md5 = hashlib.md5(content).hexdigest()
-    monkeypatch.setitem(cifar100.formats.OFFICIAL_MD5, "cifar-100-python.tar.gz", md5)
+    monkeypatch.setattr(cifar100.download, "OFFICIAL_MD5", md5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return content
 
@@ -125,13 +125,13 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_final(tmp_path, archive, 
 
 def test_a_download_killed_at_its_end_is_resumed(tmp_path, archive, arrays):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cifar-100.tar.gz.part").write_bytes(archive)
+    (tmp_path / "data" / ".cifar-100.tar.gz.part").write_bytes(archive)
     assert holds(data.load("cifar100", tmp_path / "data", Server(archive).url), arrays)
 
 
 def test_the_rest_of_another_file_is_not_in_the_way(tmp_path, archive, arrays):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cifar-100.tar.gz.part").write_bytes(b"of another mirror")
+    (tmp_path / "data" / ".cifar-100.tar.gz.part").write_bytes(b"of another mirror")
     assert holds(data.load("cifar100", tmp_path / "data", Server(archive).url), arrays)
 
 
