@@ -36,7 +36,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cifar100.classes
-import cifar100.formats
+import cifar100.files
 import data
 import engine.process
 import engine.weights
@@ -382,7 +382,7 @@ class Zeros:
         return bytes(count)
 
 
-FILE, FILES = tarfile.REGTYPE, cifar100.formats.PYTHON_FILES
+FILE, FILES = tarfile.REGTYPE, cifar100.files.PYTHON_FILES
 ARCHIVES = {
     "../": lambda: members(("../../train", FILE, "", 99), ("/tmp/PWNED", FILE, "", 9)),
     "symbolic links": lambda: members(*((n, tarfile.SYMTYPE, "/etc/passwd", 0) for n in FILES)),
