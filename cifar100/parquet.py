@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cifar100.classes import FULL_SIZE
-from cifar100.files import describe, listed
+from cifar100.files import PARQUET_FILES, describe, listed
 from utils import DamagedFile, UserError, guard
 
 IMAGE_COLUMNS = ("img.bytes", "image.bytes", "img", "image")
@@ -21,7 +21,7 @@ ROW_LIMIT = 4096  # bytes; such a PNG has at most 3,200
 
 def parts(folder: Path, split: str) -> list[Path]:
     """Return the files of a split, as the hub names them."""
-    patterns = f"{split}*.parquet", f"{split}/*.parquet"
+    patterns = [pattern for pattern in PARQUET_FILES if pattern.startswith(split)]
     return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
@@ -31,13 +31,14 @@ def read_parquet(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Raises DamagedFile if the files hold something else, and UserError if they cannot be read.
     """
     files = {split: parts(folder, split) for split in FULL_SIZE}
-    for path in (path for paths in files.values() for path in paths):
-        with open(path, "rb") as file:
-            head = file.read(512)
-        if not head.startswith(b"PAR1"):
-            raise DamagedFile(f"{folder}: {path.name} is not Parquet, but {describe(head)}")
-    if lacks := [f"{split}*.parquet" for split, paths in files.items() if not paths]:
-        raise DamagedFile(f"{folder}: not a whole CIFAR-100, it lacks {lacks[0]}")
+    for split, paths in files.items():
+        for path in paths:
+            with open(path, "rb") as file:
+                head = file.read(512)
+            if not head.startswith(b"PAR1"):
+                raise DamagedFile(f"{folder}: {path.name} is not Parquet, but {describe(head)}")
+        if not paths:
+            raise DamagedFile(f"{folder}: not a whole CIFAR-100, it lacks {split}*.parquet")
     with guard(f"{folder}: reading Parquet needs one more package: pip install 'pyarrow>=15'",
                ImportError):
         import pyarrow
@@ -69,25 +70,22 @@ def _rows(folder: Path, path: Path, most: int) -> Iterator[tuple[bytes, Any]]:
     limits = {"thrift_string_size_limit": 2**22, "thrift_container_size_limit": 2**18}
     with ParquetFile(path, pre_buffer=False, page_checksum_verification=True, **limits) as file:
         about = file.metadata
-        columns = [about.schema.column(number) for number in range(about.num_columns)]
-        numbers = {column.path: number for number, column in enumerate(columns)}
-        image = next((name for name in IMAGE_COLUMNS if name in numbers
-                      and columns[numbers[name]].physical_type == "BYTE_ARRAY"), None)
-        if not image or "fine_label" not in numbers:
+        columns = [about.schema.column(number).path for number in range(about.num_columns)]
+        image = next((name for name in IMAGE_COLUMNS if name in columns), None)
+        if not image or "fine_label" not in columns:
             raise DamagedFile(f"{folder}: {path.name} holds CIFAR-10 or other data, not CIFAR-100, "
-                              f"for its columns are {listed(numbers)}, not img and fine_label")
-        size = sum(about.row_group(group).column(numbers[name]).total_uncompressed_size
-                   for group in range(about.num_row_groups) for name in (image, "fine_label"))
+                              f"for its columns are {listed(columns)}, not img and fine_label")
+        size = sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
         # PNGs are packed already, so a file of them is about as large as they are.
         limit = min(ROW_LIMIT * about.num_rows, 2 * path.stat().st_size) + 2**25
         if about.num_rows > most or size > limit:
-            raise UserError(f"{folder}: {path.name} unpacks to more than all of CIFAR-100")
+            raise UserError(f"{folder}: {path.name} holds more than all of CIFAR-100")
         # One row at a time, for all rows can share one large value.
         batches = file.iter_batches(1, columns=[image, "fine_label"], use_threads=False)
         for batch in tqdm(batches, path.name, about.num_rows, disable=None, leave=False,
                           unit="image"):
             values = batch.column(image.removesuffix(".bytes"))
             value = values.field("bytes")[0] if image.endswith(".bytes") else values[0]
-            is_there = value.is_valid and isinstance(value, BinaryScalar)
-            content = value.as_buffer()[:ROW_LIMIT].to_pybytes() if is_there else b""
+            buffer = value.as_buffer() if isinstance(value, BinaryScalar) else None
+            content = bytes(buffer[:ROW_LIMIT]) if buffer else b""
             yield content, batch.column("fine_label")[0].as_py()
