@@ -15,7 +15,8 @@ from utils import DamagedFile, UserError, guard, one_line
 PYTHON_FILES = ("train", "test", "meta")
 BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")
 PARQUET_FILES = ("train*.parquet", "train/*.parquet", "test*.parquet", "test/*.parquet")
-ARCHIVES, HDF5 = ["*.tar", "*.tgz", "*.gz", "*.zip", "*.ZIP"], ["*.h5", "*.hdf5", "*.hdf"]
+ARCHIVES = ["*.tar", "*.tgz", "*.gz", "*.zip", "*.TGZ", "*.ZIP"]
+HDF5 = ["*.h5", "*.hdf5", "*.hdf", "*.H5"]
 CIFAR_10_FILES = ("data_batch_", "test_batch")  # how the names of these begin
 # Where files of CIFAR-100 lie in --data-dir, the likeliest first.
 PLACES = (
