@@ -295,7 +295,7 @@ def test_a_run_whose_last_step_diverges_is_not_saved(small, tmp_path):
     (["--output-dir", "file/below"], "file/below: cannot be written"),
     (["--output-dir", "/proc/none"], "/proc/none: cannot be written"),
     (["--max-minutes", "0"], "--max-minutes: 0 is not between"),
-    (["--data-dir", "file", "--dataset", "cifar100"], "file: not an HDF5 file, and not a whole"),
+    (["--data-dir", "file", "--dataset", "cifar100"], "file: not an HDF5 file, tar archive or zip"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, flags, says):
     (tmp_path / "file").write_text("")
