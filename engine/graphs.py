@@ -55,7 +55,7 @@ class Graphs:
 
     def __init__(self, run: Run):
         self.run, self.obstacle = run, ""
-        self.graphs: dict[tuple, Graph] = {}
+        self.by_kind: dict[tuple, Graph] = {}
         self.kind, self.in_a_row, self.eager_steps, self.pool = None, 0, 0, None
         others = [name for name, part in run.keep.items() if not isinstance(part, nn.Module)]
         if not hasattr(run.optimizer, "rates"):
@@ -77,7 +77,7 @@ class Graphs:
         kind = self._kind_of(batch)
         self.in_a_row = self.in_a_row + 1 if kind == self.kind else 1
         self.kind = kind
-        graph, epoch = self.graphs.get(kind), self.run.state.position.epoch
+        graph, epoch = self.by_kind.get(kind), self.run.state.position.epoch
         if graph and graph.checks > 1 and graph.epoch == epoch:
             graph.replay(batch)
         else:
@@ -137,9 +137,9 @@ class Graphs:
         tensors = self._tensors()
         if len(tensors) == len(by_graph) and all(map(torch.equal, tensors, by_graph)):
             graph.checks, graph.epoch = graph.checks + 1, self.run.state.position.epoch
-            self.graphs[self.kind], self.eager_steps = graph, 0
+            self.by_kind[self.kind], self.eager_steps = graph, 0
         elif graph.checks > 1:
-            del self.graphs[self.kind]
+            del self.by_kind[self.kind]
             self.in_a_row = 1
         else:
             self._give_up("its first steps ended with other bits")
