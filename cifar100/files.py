@@ -15,8 +15,8 @@ from utils import DamagedFile, UserError, guard, one_line
 PYTHON_FILES = ("train", "test", "meta")
 BINARY_FILES = ("train.bin", "test.bin", "fine_label_names.txt")
 PARQUET_FILES = ("train*.parquet", "train/*.parquet", "test*.parquet", "test/*.parquet")
-ARCHIVES = ["*.tar", "*.tgz", "*.gz", "*.zip", "*.TGZ", "*.ZIP"]
-HDF5 = ["*.h5", "*.hdf5", "*.hdf", "*.H5"]
+ARCHIVES = ["*.tar", "*.tgz", "*.gz", "*.zip", "*.TAR", "*.TGZ", "*.GZ", "*.ZIP"]
+HDF5 = ["*.h5", "*.hdf5", "*.hdf", "*.H5", "*.HDF5", "*.HDF"]
 CIFAR_10_FILES = ("data_batch_", "test_batch")  # how the names of these begin
 # Where files of CIFAR-100 lie in --data-dir, the likeliest first.
 PLACES = (
@@ -26,7 +26,7 @@ PLACES = (
     [place + name for place in ("", "*/", "*/*/", "snapshots/*/*/") for name in PARQUET_FILES],
     HDF5,
     ["*/*/" + name for name in PYTHON_FILES + BINARY_FILES],
-    # What is no CIFAR-100, or is so by its name alone.
+    # Other data sets, and files that only their names call CIFAR.
     ["data_batch_1*", "*/data_batch_1*", "train.mat", "*/train.mat",
      "*cifar*", "*Cifar*", "*CIFAR*"],
 )
@@ -64,7 +64,7 @@ def _whole(file: Path) -> Path:
 
 
 def version_of(path: Path, names: Collection[str]) -> tuple[str, ...]:
-    """Return the files of the version that is there; raises DamagedFile, which says what is."""
+    """Return the names of a whole version's files; raises DamagedFile, which says what is there."""
     version = min(PYTHON_FILES, BINARY_FILES, key=lambda files: len(set(files).difference(names)))
     lacks = [name for name in version if name not in names]
     if not lacks:
@@ -123,7 +123,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
             is_wanted = open_entry and name in PYTHON_FILES + BINARY_FILES
             left -= size if is_wanted else 0
             if left < 0 or len(names) > MOST_FILES:
-                raise DamagedFile(f"{path}: holds {listed(names)}, more than all of CIFAR-100")
+                raise DamagedFile(f"{path}: holds more than all of CIFAR-100: {listed(names)}")
             if is_wanted:
                 buffer = io.BytesIO()
                 shutil.copyfileobj(open_entry(), buffer, 2**20)
@@ -139,7 +139,7 @@ class _Limited(io.BufferedReader):
 
     left = SIZE_LIMIT
 
-    def read(self, count: int | None = -1) -> bytes:
+    def read(self, count: int = -1) -> bytes:
         content = super().read(count if 0 <= count < PIECE else PIECE)
         self.left -= len(content)
         if self.left < 0:
@@ -166,11 +166,12 @@ def _tar_entries(file: _Limited) -> Iterator[tuple[str, int, Callable | None]]:
 
 
 def _zip_entries(file: _Limited) -> Iterator[tuple[str, int, Callable]]:
-    """Yield the same."""
+    """Yield what `_tar_entries` does, of a zip."""
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
-            # Others are unpacked without a limit.
-            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise DamagedFile(f"{file.name}: is compressed in an unusual way; give the folder "
-                                  "that it unpacks to")
+            # Others are unpacked without a limit, or need a password.
+            is_plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if not is_plain or entry.flag_bits & 1:
+                raise DamagedFile(f"{file.name}: is encrypted or compressed in an unusual way; "
+                                  "give the folder that it unpacks to")
             yield entry.filename, entry.file_size, functools.partial(archive.open, entry)

@@ -59,8 +59,9 @@ def read(path: Path) -> Found:
         version, arrays, names = "Parquet", read_parquet(path), CLASS_NAMES
     else:
         members = read_members(path)
-        version = "python" if "train" in members else "binary"
-        arrays, names = (_parse_python if "train" in members else _parse_binary)(members, path)
+        is_python = "train" in members
+        version, parse = ("python", _parse_python) if is_python else ("binary", _parse_binary)
+        arrays, names = parse(members, path)
     if [type(name) for name in names] != [str] * CLASSES:
         raise UserError(f"{path}: does not hold {CLASSES} class names")
     for split, (_, labels) in arrays.items():

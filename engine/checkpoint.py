@@ -64,7 +64,7 @@ class State:
             for name, part in self.trained.items():
                 part.load_state_dict(checkpoint[name])
         for name in {**self.keep, **checkpoint["keep"]}:  # one of them may lack it
-            with guard(f"the checkpoint is of another {name}", Exception, f"; {ELSEWHERE}"):
+            with guard(f"run and checkpoint differ in keep: {name}", Exception, f"; {ELSEWHERE}"):
                 self.keep[name].load_state_dict(checkpoint["keep"][name])
         self.position, by_rank = Position(**checkpoint["position"]), checkpoint["ranks"]
         if len(by_rank) != runtime.ranks:
@@ -165,7 +165,8 @@ def log_start(directory: Path, found: dict | None, config: dict) -> None:
         if before != now:
             log.info(f"note       it comes from {before}: the end will not be the same bits")
         note = runs.code_has_changed(found["code"], config["code"])
-        if not note or (directory / "model.pt").exists():  # then nothing is left to train
+        history = position.history
+        if not note or (history and position.epoch == history[-1]["epochs"]):  # it is finished
             config["code"] = found["code"]
             return
         log.info(note)

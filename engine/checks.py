@@ -93,15 +93,15 @@ def check_single_images(model: nn.Module, still: set[nn.Module], images: int, ba
     least, last = 2 * runtime.ranks, images % batch_size or batch_size
     sizes = {size for steps, size in epochs
              if (last if steps * batch_size >= images else batch_size) < least}
-    if not sizes or images < least:  # no other batch size would do
+    # With fewer images than that no other batch size would help.
+    if not sizes or images < least:
         return
 
     def check_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
         is_norm = isinstance(module, BATCH_NORMS) and module not in still
-        if is_norm and inputs[0][0, 0].numel() == 1:  # of one image's first channel
-            raise UserError(f"{images:,} images in batches of {batch_size:,} leave a process a "
-                            "single one, which batch norm cannot train on; try another "
-                            "--batch-size")
+        if is_norm and inputs[0].numel() == inputs[0].shape[1]:  # one value a channel
+            raise UserError(f"{images:,} images in batches of {batch_size:,} leave a process one "
+                            "image, on which batch norm cannot train; try another --batch-size")
 
     model.eval()  # so that the trial leaves no trace
     with register_module_forward_pre_hook(check_input), torch.no_grad(), runtime.autocast():

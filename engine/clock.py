@@ -16,7 +16,7 @@ class Clock:
         self.longest_save = 10.0  # a save is assumed to take at least this long
         self.progressed = False  # this process has done a step or an evaluation
         self.steps: list[float] = []  # seconds of each step of this epoch since the start
-        self.slow = 1  # of these so many at the beginning took longer than usual
+        self.slow = 1  # how many of them, from the first on, were slower than usual
         self.lap_began = self.saved_at = time.monotonic()
 
     def catch_signals(self) -> None:

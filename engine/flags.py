@@ -98,10 +98,11 @@ class Parser(argparse.ArgumentParser):
             if isinstance(default, str):
                 default = self._get_value(action, default)  # as argparse itself converts it
             default = defaults.setdefault(action.dest, default)  # of two, the first
+            # Some actions name their default themselves, which is taken from them below.
+            action.help = (action.help or "").replace(" (default: %(default)s)", "")
             if default is not None and default is not False:
                 shown = str(default).replace("%", "%%")  # argparse formats the help
-                text = (action.help or "").replace(" (default: %(default)s)", "")
-                action.help = f"{text} (default: {shown})"
+                action.help += f" (default: {shown})"
             action.default = argparse.SUPPRESS
         return defaults
 

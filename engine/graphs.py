@@ -24,7 +24,7 @@ EAGER_STEPS = 2  # of a kind of batch, in a row, before its graph is captured
 PATIENCE = 20  # eager steps in a row, after which no graph will come
 # Where the host's random numbers come from.
 HOST_RANDOM = (lambda: torch.get_rng_state().tolist(), random.getstate, np.random.get_state)
-# Graphs are never freed, for that frees memory of others: pytorch/pytorch#193402.
+# No graph is ever freed, for that would free memory that others use: pytorch/pytorch#193402.
 GRAPHS: list[torch.cuda.CUDAGraph] = []
 
 
@@ -35,7 +35,7 @@ class Graph:
     captured: torch.cuda.CUDAGraph
     drawn: dict[str, Tensor]
     checks: int = 0  # how often it ended with the bits of an eager step
-    epoch: int = -1  # of the last of these
+    epoch: int = -1  # in which it last did
 
     def replay(self, batch: Batch) -> None:
         """Take a step on a batch."""
@@ -56,7 +56,9 @@ class Graphs:
     def __init__(self, run: Run):
         self.run, self.obstacle = run, ""
         self.by_kind: dict[tuple, Graph] = {}
-        self.kind, self.in_a_row, self.eager_steps, self.pool = None, 0, 0, None
+        self.kind, self.in_a_row = None, 0  # of the last batch, and how many of it in a row
+        self.eager_steps = 0  # since a graph last ended with the right bits
+        self.pool = None  # the memory of all graphs
         others = [name for name, part in run.keep.items() if not isinstance(part, nn.Module)]
         if not hasattr(run.optimizer, "rates"):
             self._give_up(f"{type(run.optimizer).__name__} has its rates on the host")
@@ -85,6 +87,7 @@ class Graphs:
 
     def _take_slowly(self, graph: Graph | None, step: Callable, batch: Batch) -> None:
         clock = self.run.clock
+        # Slow steps at the beginning of an epoch do not count for its speed.
         if len(clock.steps) <= clock.slow:
             clock.slow = len(clock.steps) + 1
         self.eager_steps += 1
@@ -96,18 +99,20 @@ class Graphs:
             self._watch(step, batch)
         else:
             step(batch)
-        if self.eager_steps == PATIENCE:
+        if self.eager_steps == PATIENCE and not self.obstacle:
             self._give_up(f"in {PATIENCE} steps no {EAGER_STEPS + 1} in a row were alike")
 
     def _watch(self, step: Callable, batch: Batch) -> None:
         """Take an eager step, and look for what a graph of it would not repeat."""
-        before = self._numbers()
+        before, self.run.step_was_read = self._numbers(), False
         with waits() as found:
             step(batch)
         if found:
             self._give_up("a step waits for the device")
         elif self._numbers() != before:
             self._give_up("a step changes numbers, or draws random ones, on the host")
+        elif self.run.step_was_read:
+            self._give_up("a step reads run.step")
 
     def _capture(self, step: Callable, batch: Batch) -> None:
         drawn = {name: values.clone() for name, values in batch.drawn.items()}
@@ -203,7 +208,7 @@ def capture(step: Callable[[], None], pool: Any,  # noqa: ANN401
 
 @contextlib.contextmanager
 def waits() -> Iterator[list]:
-    """Yield a list, which after the block holds torch's warnings of waits for the GPU in it."""
+    """Yield a list that after the block holds torch's warnings of waits for the GPU."""
     found, mode = [], torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -24,7 +24,7 @@ def use(model: nn.Module, args: Namespace, runtime: Runtime, load_data: Callable
 
     Images are `size` x `size` pixels. `load_data(args)` returns a Dataset. Raises UserError.
     """
-    runtime = runtime._replace(compile=False)  # which takes longer than one pass over the images
+    runtime = runtime._replace(compile=False, graphs=False)  # one pass needs neither
     model = runtime.place(model)
     unfinished = _load(model, args.output_dir)
     if args.predict:

@@ -44,7 +44,8 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
             run.seed_augmentation()
             for module in in_evaluation_mode:
                 module.training = False
-            take(next(batches))
+            # Held until the next step: if all memory is free by then, a CPU is up to 3 % slower.
+            _held = take(next(batches))
             run.scheduler.step()
             run.state.position.step += 1
             if run.step % CHECK_EVERY == 0:
@@ -58,12 +59,16 @@ def train_one_epoch(run: Run, batches: Iterable, train_step: Callable) -> Metric
     return run.end_training()
 
 
-def train_on(run: Run, train_step: Callable, batch: Iterable) -> None:
-    """Take a step on a batch. A CUDA graph repeats what this does on the device, and no more."""
+def train_on(run: Run, train_step: Callable, batch: Iterable) -> tuple[Tensor, Tensor]:
+    """Take a step on a batch; return its loss and the logits.
+
+    A CUDA graph repeats what this does on the device, and no more.
+    """
     images, labels, run.loss_weight = batch
     images, labels = run.augment(images, labels)
     loss, logits = train_step(run, images, labels)
     run.count(loss, logits, labels)
+    return loss, logits
 
 
 @torch.inference_mode()

@@ -53,7 +53,7 @@ class Muon(torch.optim.SGD):
             inspect.unwrap(torch.optim.SGD.step)(self)
 
     def put_rates_on(self, device: torch.device) -> None:
-        """Have the groups' rates also lie on the device: a graph repeats the numbers of a step."""
+        """Keep the groups' rates on the device, too: a graph would repeat a number of the host."""
         self.rates = [torch.zeros((), device=device) for _ in self.param_groups]
 
     def set_rates(self) -> None:
@@ -61,15 +61,15 @@ class Muon(torch.optim.SGD):
         self.rates += [torch.zeros_like(self.rates[0])
                        for _ in self.param_groups[len(self.rates) :]]
         for rate, group in zip(self.rates, self.param_groups, strict=True):
-            rate.fill_(group["lr"])  # as a kernel's argument, for which nothing waits
+            rate.fill_(group["lr"])  # the number is an argument of the kernel: nothing waits
 
     @contextlib.contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Have SGD read `rates`, if there are any, which only its fused form does on the device."""
+        """Have SGD read its rates on the device, if they are there; only its fused form can."""
         if self.rates and not torch.cuda.is_current_stream_capturing():
             self.set_rates()  # again, for the step itself may have changed them
         before = [(group["lr"], group["fused"]) for group in self.param_groups]
-        for group, rate in zip(self.param_groups, self.rates, strict=bool(self.rates)):
+        for group, rate in zip(self.param_groups, self.rates, strict=False):
             group["lr"], group["fused"] = rate, True
             for weight in group["params"] if group["momentum"] else ():
                 # The fused form wants the momentum of all weights or of none.

@@ -14,6 +14,8 @@ from report.log import progress
 from utils import UserError, guard, log
 
 HIDDEN = re.compile(r"\.|__MACOSX$")
+# PIL scales the pixels of such PNGs to 0..255, but not the grey or colour that is transparent.
+UNITS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}
 # PIL knows files of these formats, but reads no pixels of them, or not without another program.
 WITHOUT_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 
@@ -83,6 +85,10 @@ def _read(file: Path, side: int) -> Tensor:
         if file.is_fifo():
             raise ValueError("a pipe")  # opening it would wait for a writer
         with Image.open(file) as opened:
+            unit = UNITS.get(opened.tile[0][3]) if opened.format == "PNG" else None
+            if unit and "transparency" in opened.info:
+                clear = np.multiply(opened.info["transparency"], unit).astype(int).tolist()
+                opened.info["transparency"] = tuple(clear) if unit < 1 else clear
             picture = _over_white(ImageOps.exif_transpose(opened))
         # Over white before it is scaled: else hidden colours would bleed into the visible ones.
         pixels = np.array(ImageOps.fit(picture, (side, side)))  # (side, side, 3)
@@ -91,12 +97,14 @@ def _read(file: Path, side: int) -> Tensor:
 
 def _over_white(picture: Image.Image) -> Image.Image:
     """Return a picture in RGB as it looks on a white page."""
+    clear = picture.info.get("transparency")  # a grey, a colour, or the alphas of a palette
     if picture.mode.startswith("I"):  # 16 bits, which convert() would clip
         pixels = np.asarray(picture)
-        is_clear = pixels == picture.info.get("transparency")  # a grey
-        pixels = np.where(is_clear, 255, (pixels // 256).clip(0, 255))
+        pixels = np.where(pixels == clear, 255, (pixels // 256).clip(0, 255))
         return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
-    if not picture.has_transparency_data:
+    has_alpha = (picture.mode in ("LA", "PA", "RGBA", "RGBa")
+                 or (picture.mode == "P" and picture.palette.mode == "RGBA"))
+    if clear is None and not has_alpha:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     page = Image.new("RGB", picture.size, "white")

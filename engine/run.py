@@ -47,6 +47,7 @@ class Run:
         self.in_evaluation_mode: set[nn.Module] = set()
         self.keep: dict[str, Any] = {}
         self.graphs = None  # the CUDA graphs of the steps, if there are any
+        self.step_was_read = False  # which `step` notes, for a graph would repeat one number
 
     @property
     def epoch(self) -> int:
@@ -56,6 +57,7 @@ class Run:
     @property
     def step(self) -> int:
         """How many steps of the current epoch are done."""
+        self.step_was_read = True
         return self.state.position.step
 
     def steps_in(self, epoch: int) -> int:

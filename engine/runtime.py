@@ -33,7 +33,7 @@ class Runtime(NamedTuple):
     compile: bool = False
     rank: int = 0
     ranks: int = 1
-    graphs: bool = False  # training steps run as CUDA graphs
+    graphs: bool = False  # training steps may be repeated as CUDA graphs
 
     @property
     def precision(self) -> str:

@@ -36,7 +36,8 @@ def compare(directories: list[Path], into: Path) -> None:
     for label, group in groups.items():
         seeds = [str(record.config["settings"]["seed"]) for record in group]
         if len(set(seeds)) < len(seeds):
-            notes.append(f"warning    {label}: not independent, of seeds {', '.join(seeds)}")
+            notes.append(f"warning    {label}: not independent, for the seeds are "
+                         f"{', '.join(seeds)}")
     notes.append(MEANS_NOTE)
     means = {label: _means(group) for label, group in groups.items()}
     with guard(f"--output-dir {into}: cannot be written", OSError):

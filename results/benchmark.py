@@ -210,7 +210,7 @@ def measure(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         # A warm-up; a compilation or the capture of a graph, where there is one.
-        seconds(task.run, 4, device)
+        seconds(task.run, 6, device)
         counts.append(max(1, round(args.seconds / seconds(task.run, 1, device))))
         column = f"{peak_memory(device):9.2f} GB"
         if device.type == "cuda":

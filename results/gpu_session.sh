@@ -10,7 +10,8 @@
 #   bits       whether graphs end with the bits of eager steps (gpu_bits.py)
 #   replay     the time of a replay and of an eager step (gpu_replay.py)
 #   speed      benchmark.py, without and with --graphs
-#   pytest     the tests that need a GPU, if pytest and pytest-xdist are there
+#   pytest     the GPU tests of graphs, equal bits, waiting and memory, if pytest and pytest-xdist
+#              are there
 #   accuracy   the runs at the end of this file; part 1 needs --data, part 2 also --weights.
 #              runs.tar gets the settings, metrics and log of each
 #

@@ -47,8 +47,8 @@ def test_a_share_of_one_image_is_found(runtime, images, batch_size, ranks, epoch
     arguments = (images, batch_size, epochs, ranks)
     if not is_found:
         return check(runtime, Norms(), *arguments)
-    says = (f"{images:,} images in batches of {batch_size:,} leave a process a single one, which "
-            "batch norm cannot train on; try another --batch-size")
+    says = (f"{images:,} images in batches of {batch_size:,} leave a process one image, on "
+            "which batch norm cannot train; try another --batch-size")
     with pytest.raises(UserError, match=says):
         check(runtime, Norms(), *arguments)
 
@@ -59,7 +59,7 @@ def test_only_what_batch_norm_refuses_is_refused(runtime):
     check(runtime, nn.Sequential(nn.Flatten(), nn.Linear(48, 10), nn.LayerNorm(10)))
     model = Norms()
     check(runtime, model, still=[model.norm, model.last])
-    with pytest.raises(UserError, match="which batch norm cannot train on"):
+    with pytest.raises(UserError, match="on which batch norm cannot train"):
         check(runtime, model, still=[model.norm])
 
 

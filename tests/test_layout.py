@@ -21,7 +21,7 @@ ORDER = (
     "engine.inference", "train_resnet", "finetune_resnet18")
 FOLDERS = ("cifar100", "engine", "report")
 SCRIPTS = ("train_resnet", "finetune_resnet18")
-MOST_LINES, ALL_LINES, SCRIPT_LINES = 300, 4464, 135
+MOST_LINES, ALL_LINES, SCRIPT_LINES = 300, 4490, 135
 TOP_LEVEL = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore",
              ".gitattributes", ".ci", ".github", "results", "slurm", "tests", *FOLDERS,
              *(f"{name}.py" for name in ORDER if "." not in name)}

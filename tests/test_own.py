@@ -218,7 +218,7 @@ def test_a_batch_norm_that_stays_as_it_is_takes_one_image(start, how):
     elif how == "still":
         norm.eval()
     if how == "trained":
-        with pytest.raises(utils.UserError, match="leave a process a single one"):
+        with pytest.raises(utils.UserError, match="leave a process one image"):
             start(model, "--batch-size", 29)
     else:
         start(model, "--batch-size", 29)
@@ -565,7 +565,7 @@ def test_a_resume_that_keeps_something_else_is_one_line(first, then, tmp_path, m
         with monkeypatch.context() as patch:
             keeping(patch, "train_resnet", **keep)
             run = train("train_resnet", noise(15), tmp_path, *SMALL["train_resnet"], *more)
-    says = r"the checkpoint is of another a \(.*; choose"
+    says = r"run and checkpoint differ in keep: a \(.*; choose"
     assert run.status == 2 and re.search(says, run.message), run.message
 
 

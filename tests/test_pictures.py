@@ -137,8 +137,9 @@ def test_half_transparent_is_half_white(tmp_path):
 
 
 @pytest.mark.parametrize("bits, colour_type, square, clear", [
-    (1, 0, 0, 1), (1, 0, 1, 0), (8, 0, 85, 255), (8, 0, 85, 7), (16, 0, 85 * 257, 65535),
-    (16, 0, 85 * 257, 85 * 257 + 1), (8, 2, RED, GREEN),
+    (1, 0, 0, 1), (1, 0, 1, 0), (2, 0, 1, 3), (2, 0, 1, 0), (4, 0, 5, 15), (8, 0, 85, 255),
+    (8, 0, 85, 7), (16, 0, 85 * 257, 65535), (16, 0, 85 * 257, 85 * 257 + 1),
+    (8, 2, RED, GREEN), (16, 2, [257 * value for value in RED], (513, 65535, 3)),
 ])
 def test_a_transparent_colour_of_a_png_is_white(tmp_path, bits, colour_type, square, clear):
     """The colour is given in the units of the file."""

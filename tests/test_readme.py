@@ -195,7 +195,7 @@ def test_a_network_a_flag_and_an_augmentation_of_ones_own_run_and_resume(tmp_pat
     assert (whole / "model.pt").read_bytes() != (plain / "model.pt").read_bytes()
     compared = call(compare_runs, whole, chain, plain, "--output-dir", tmp_path)
     assert compared.stdout.count("train_mine, code ") >= 2, "other code has a mean of its own"
-    assert "not independent, of seeds 0, 0\n" in compared.stdout
+    assert "not independent, for the seeds are 0, 0\n" in compared.stdout
 
 
 def test_images_of_ones_own_are_trained_on_tested_and_named(tmp_path):

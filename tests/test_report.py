@@ -407,7 +407,7 @@ def test_a_seed_that_is_there_twice_is_told(tmp_path, drawn, caplog):
     with caplog.at_level("INFO", "cifar100"):
         compare([tmp_path / name for name in "abcd"], tmp_path)
     told = [line for line in caplog.messages if "warning" in line]
-    assert told == ["warning    train_resnet, lr 0.1: not independent, of seeds 0, 1, 0"]
+    assert told == ["warning    train_resnet, lr 0.1: not independent, for the seeds are 0, 1, 0"]
     assert " ".join(told[0].split()) in (tmp_path / "comparison.md").read_text()
 
 

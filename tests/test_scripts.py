@@ -334,8 +334,8 @@ def test_a_last_batch_of_one_image_is_one_line_before_the_first_step(small, tmp_
     process = script("finetune_resnet18", *small["finetune_resnet18"], "--batch-size", 31, *flags,
                      "--output-dir", tmp_path)
     assert (process.returncode, process.stderr) == (2, (
-        "finetune_resnet18.py: 32 images in batches of 31 leave a process a single one, which "
-        "batch norm cannot train on; try another --batch-size\n"))
+        "finetune_resnet18.py: 32 images in batches of 31 leave a process one image, on "
+        "which batch norm cannot train; try another --batch-size\n"))
     assert not contents(tmp_path), "nothing is begun"
 
 
